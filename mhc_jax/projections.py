@@ -3,13 +3,14 @@
 Every projection computes in float32, or in float64 for float64 logits, and returns that dtype.
 """
 
-from functools import partial
 from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
+
+from mhc_jax.sinkhorn import log_sinkhorn
 
 
 def project_simplex(logits: Float[Array, "*batch K"], temperature: float = 1.0) -> Float[Array, "*batch K"]:
@@ -122,110 +123,11 @@ def project_doubly_stochastic(
     if tolerance is not None and not tolerance > 0.0:
         raise ValueError(f"tolerance must be positive or None, got {tolerance!r}")
     z = _scaled(logits, temperature)
-    # Everything below normalizes columns (axis -2) last.
-    z = z if last == "columns" else z.mT
-    weights = _sinkhorn(z, iterations) if tolerance is None else _sinkhorn_limit(z, iterations, tolerance)
+    # log_sinkhorn normalizes columns (axis -2) last.
+    weights = log_sinkhorn(z if last == "columns" else z.mT, iterations, tolerance)
     residual = lax.stop_gradient(jnp.max(jnp.abs(weights.sum(axis=-1) - 1.0), axis=-1))
     weights = weights if last == "columns" else weights.mT
     return (weights, residual) if return_residual else weights
-
-
-# The state of the iteration is v, the logarithm of the column scales. One iteration normalizes the rows of
-# exp(z + v) and then corrects v by what its columns lack, so that rounding errors do not add up.
-
-
-def _sinkhorn_step(z: Array, v: Array) -> Array:
-    return v - jax.nn.logsumexp(jax.nn.log_softmax(z + v[..., None, :], axis=-1), axis=-2)
-
-
-def _sinkhorn_last_step(z: Array, v: Array) -> Array:
-    # The same step, ending in weights: softmax makes the columns sum to 1 where exp(z + u + v) would round.
-    return jax.nn.softmax(jax.nn.log_softmax(z + v[..., None, :], axis=-1), axis=-2)
-
-
-_CHECKPOINTS = 8
-
-
-def _stride(iterations: int) -> int:
-    return -(-iterations // _CHECKPOINTS)
-
-
-def _iterate(z: Array, v: Array, steps: int | Array) -> Array:
-    return lax.fori_loop(0, steps, lambda _, v: _sinkhorn_step(z, v), v)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _sinkhorn(z: Array, iterations: int) -> Array:
-    return _sinkhorn_last_step(z, _iterate(z, jnp.zeros_like(z[..., 0, :]), iterations - 1))
-
-
-def _sinkhorn_fwd(z: Array, iterations: int) -> tuple[Array, Array]:
-    return _sinkhorn(z, iterations), z
-
-
-def _sinkhorn_bwd(iterations: int, z: Array, g: Array) -> tuple[Array]:
-    """Walks the iterations backwards, finding each v again from the nearest of a fixed number of checkpoints."""
-    stride = _stride(iterations)
-    start = jnp.zeros_like(z[..., 0, :])
-    _, checkpoints = lax.scan(lambda v, _: (_iterate(z, v, stride), v), start, length=_CHECKPOINTS)
-
-    def state(t: int | Array) -> Array:
-        return _iterate(z, checkpoints[t // stride], t % stride)
-
-    def back(i: Array, cotangents: tuple[Array, Array]) -> tuple[Array, Array]:
-        dz, dv = cotangents
-        _, pullback = jax.vjp(_sinkhorn_step, z, state(iterations - 2 - i))
-        dz_step, dv = pullback(dv)
-        return dz + dz_step, dv
-
-    _, pullback = jax.vjp(_sinkhorn_last_step, z, state(iterations - 1))
-    dz, _ = lax.fori_loop(0, iterations - 1, back, pullback(g))
-    return (dz,)
-
-
-_sinkhorn.defvjp(_sinkhorn_fwd, _sinkhorn_bwd)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _sinkhorn_limit(z: Array, iterations: int, tolerance: float) -> Array:
-    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
-        count, v, v_next = carry
-        return (count < iterations) & jnp.any(jnp.abs(jnp.expm1(v - v_next)) > tolerance)
-
-    def advance(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        count, _, v = carry
-        return count + 1, v, _sinkhorn_step(z, v)
-
-    v = jnp.zeros_like(z[..., 0, :])
-    # v - v_next is the logarithm of the column sums after the rows were normalized.
-    _, v, _ = lax.while_loop(unfinished, advance, (jnp.int32(1), v, _sinkhorn_step(z, v)))
-    return _sinkhorn_last_step(z, v)
-
-
-def _sinkhorn_limit_fwd(z: Array, iterations: int, tolerance: float) -> tuple[Array, Array]:
-    weights = _sinkhorn_limit(z, iterations, tolerance)
-    return weights, weights
-
-
-def _sinkhorn_limit_bwd(iterations: int, tolerance: float, p: Array, g: Array) -> tuple[Array]:
-    """At the fixed point ``dz = P * (g - a_i - b_j)``, with a, b such that its rows and columns sum to 0.
-
-    Eliminating a leaves ``(I - P^T P) b = (P * g)^T 1 - P^T (P * g) 1``, positive semidefinite; the constant vector,
-    and more for a reducible P, lies in its kernel and does not change dz. Hence the pseudo-inverse.
-    """
-    del iterations, tolerance
-    pg = p * g
-    rows, columns = pg.sum(axis=-1), pg.sum(axis=-2)
-    values, vectors = jnp.linalg.eigh(jnp.eye(p.shape[-1], dtype=p.dtype) - p.mT @ p)
-    cutoff = 10 * p.shape[-1] * jnp.finfo(p.dtype).eps
-    inverse = jnp.where(values > cutoff, 1.0 / jnp.maximum(values, cutoff), 0.0)
-    b = columns - jnp.einsum("...ij,...i->...j", p, rows)
-    b = jnp.einsum("...jk,...k,...lk,...l->...j", vectors, inverse, vectors, b)
-    a = rows - jnp.einsum("...ij,...j->...i", p, b)
-    return (p * (g - a[..., :, None] - b[..., None, :]),)
-
-
-_sinkhorn_limit.defvjp(_sinkhorn_limit_fwd, _sinkhorn_limit_bwd)
 
 
 def _scaled(logits: Array, temperature: float) -> Array:

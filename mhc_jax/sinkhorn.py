@@ -1,4 +1,9 @@
-"""Sinkhorn-Knopp for many small matrices at once: one fused loop, an exact derivative, no iteration stored."""
+"""Sinkhorn-Knopp, logits to doubly stochastic matrices, by two algorithms that neither overflow nor store iterations.
+
+`sinkhorn` is for many small matrices and a few iterations, as in hyper-connections: one fused loop in plain arithmetic.
+`log_sinkhorn` is for matrices of any size and any number of iterations, or as many as a tolerance needs: what plain
+arithmetic would round to zero may grow again in a long run, and stays exact in logarithms, at several times the cost.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +14,8 @@ from jaxtyping import Array, Float
 
 # Matrices per step of the loop over chunks: 4x4 matrices of a chunk stay in a core's cache for all iterations.
 CHUNK = 4096
+# States of `log_sinkhorn` that its backward pass keeps, whatever the number of iterations.
+_CHECKPOINTS = 8
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -110,3 +117,110 @@ def _sinkhorn_bwd(iterations: int, epsilon: float, logits: Array, cotangent: Arr
 
 
 sinkhorn.defvjp(_sinkhorn_fwd, _sinkhorn_bwd)
+
+
+def log_sinkhorn(
+    logits: Float[Array, "*batch n n"], iterations: int, tolerance: float | None = None
+) -> Float[Array, "*batch n n"]:
+    """exp(logits), then `iterations` times: rows divided by their sums, columns by theirs. Columns come last.
+
+    Args:
+        logits: square matrices, float32 or float64, any finite values.
+        iterations: how often both sides are normalized, at least 1; the largest number of times with a `tolerance`.
+        tolerance: stop once all rows sum to 1 within this. The derivative is then the implicit one at the fixed point;
+            without a tolerance it is that of exactly `iterations` iterations.
+
+    Source: Sinkhorn and Knopp (1967).
+    """
+    return _repeated(logits, iterations) if tolerance is None else _converged(logits, iterations, tolerance)
+
+
+# The state of the iteration is v, the logarithm of the column scales. One iteration normalizes the rows of
+# exp(z + v) and then corrects v by what its columns lack, so that rounding errors do not add up.
+
+
+def _log_step(z: Array, v: Array) -> Array:
+    return v - jax.nn.logsumexp(jax.nn.log_softmax(z + v[..., None, :], axis=-1), axis=-2)
+
+
+def _log_last_step(z: Array, v: Array) -> Array:
+    # The same step, ending in weights: softmax makes the columns sum to 1 where exp(z + u + v) would round.
+    return jax.nn.softmax(jax.nn.log_softmax(z + v[..., None, :], axis=-1), axis=-2)
+
+
+def _log_steps(z: Array, v: Array, steps: int | Array) -> Array:
+    return jax.lax.fori_loop(0, steps, lambda _, v: _log_step(z, v), v)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _repeated(z: Array, iterations: int) -> Array:
+    return _log_last_step(z, _log_steps(z, jnp.zeros_like(z[..., 0, :]), iterations - 1))
+
+
+def _repeated_fwd(z: Array, iterations: int) -> tuple[Array, Array]:
+    return _repeated(z, iterations), z
+
+
+def _repeated_bwd(iterations: int, z: Array, g: Array) -> tuple[Array]:
+    """Walks the iterations backwards, finding each v again from the nearest of a fixed number of checkpoints."""
+    stride = -(-iterations // _CHECKPOINTS)
+    start = jnp.zeros_like(z[..., 0, :])
+    _, checkpoints = jax.lax.scan(lambda v, _: (_log_steps(z, v, stride), v), start, length=_CHECKPOINTS)
+
+    def state(t: int | Array) -> Array:
+        return _log_steps(z, checkpoints[t // stride], t % stride)
+
+    def back(i: Array, cotangents: tuple[Array, Array]) -> tuple[Array, Array]:
+        dz, dv = cotangents
+        _, pullback = jax.vjp(_log_step, z, state(iterations - 2 - i))
+        dz_step, dv = pullback(dv)
+        return dz + dz_step, dv
+
+    _, pullback = jax.vjp(_log_last_step, z, state(iterations - 1))
+    dz, _ = jax.lax.fori_loop(0, iterations - 1, back, pullback(g))
+    return (dz,)
+
+
+_repeated.defvjp(_repeated_fwd, _repeated_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _converged(z: Array, iterations: int, tolerance: float) -> Array:
+    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
+        count, v, v_next = carry
+        return (count < iterations) & jnp.any(jnp.abs(jnp.expm1(v - v_next)) > tolerance)
+
+    def advance(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        count, _, v = carry
+        return count + 1, v, _log_step(z, v)
+
+    v = jnp.zeros_like(z[..., 0, :])
+    # v - v_next is the logarithm of the column sums after the rows were normalized.
+    _, v, _ = jax.lax.while_loop(unfinished, advance, (jnp.int32(1), v, _log_step(z, v)))
+    return _log_last_step(z, v)
+
+
+def _converged_fwd(z: Array, iterations: int, tolerance: float) -> tuple[Array, Array]:
+    weights = _converged(z, iterations, tolerance)
+    return weights, weights
+
+
+def _converged_bwd(iterations: int, tolerance: float, p: Array, g: Array) -> tuple[Array]:
+    """At the fixed point ``dz = P * (g - a_i - b_j)``, with a, b such that its rows and columns sum to 0.
+
+    Eliminating a leaves ``(I - P^T P) b = (P * g)^T 1 - P^T (P * g) 1``, positive semidefinite; the constant vector,
+    and more for a reducible P, lies in its kernel and does not change dz. Hence the pseudo-inverse.
+    """
+    del iterations, tolerance
+    pg = p * g
+    rows, columns = pg.sum(axis=-1), pg.sum(axis=-2)
+    values, vectors = jnp.linalg.eigh(jnp.eye(p.shape[-1], dtype=p.dtype) - p.mT @ p)
+    cutoff = 10 * p.shape[-1] * jnp.finfo(p.dtype).eps
+    inverse = jnp.where(values > cutoff, 1.0 / jnp.maximum(values, cutoff), 0.0)
+    b = columns - jnp.einsum("...ij,...i->...j", p, rows)
+    b = jnp.einsum("...jk,...k,...lk,...l->...j", vectors, inverse, vectors, b)
+    a = rows - jnp.einsum("...ij,...j->...i", p, b)
+    return (p * (g - a[..., :, None] - b[..., None, :]),)
+
+
+_converged.defvjp(_converged_fwd, _converged_bwd)
