@@ -26,8 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mhc_jax.kernels import streams as kernels
+from mhc_jax.kernels import sinkhorn as sinkhorn_kernels
+from mhc_jax.kernels import stream_read as read_kernels
+from mhc_jax.kernels import streams as write_kernels
 from mhc_jax.sinkhorn import sinkhorn
+
+Implementation = Literal["xla", "pallas"] | None
 
 MAX_STREAMS = 16
 _MAX_PERMUTED = 6  # 6! = 720 logits a token; 7! = 5040 would outgrow the streams themselves
@@ -189,35 +193,51 @@ def maps(params: StreamParams, streams: Float[Array, "*tokens n C"], config: Str
     return _maps_from_raw(raw, inverse_rms, params.alpha, params.bias, config)
 
 
-def _project(phi: Array, streams: Array, config: StreamConfig) -> tuple[Array, Array]:
+def _project(
+    phi: Array, streams: Array, config: StreamConfig, implementation: Implementation = None
+) -> tuple[Array, Array]:
     """vec(X) phi, and 1 / rms(vec X): normalizing after the projection spares a normalized copy of the streams."""
     dtype = jnp.promote_types(streams.dtype, jnp.float32)
+    if implementation == "pallas":
+        raw, squares = read_kernels.project(streams, phi.astype(dtype))
+        return raw, jax.lax.rsqrt(squares / phi.shape[0] + config.norm_epsilon)
     flat = streams.reshape(*streams.shape[:-2], -1).astype(dtype)
     inverse_rms = jax.lax.rsqrt(jnp.mean(flat * flat, axis=-1, keepdims=True) + config.norm_epsilon)
     return jnp.matmul(flat, phi.astype(dtype)), inverse_rms
 
 
-def _maps_from_raw(raw: Array, inverse_rms: Array, alpha: Array, bias: Array, config: StreamConfig) -> Maps:
+def _maps_from_raw(
+    raw: Array,
+    inverse_rms: Array,
+    alpha: Array,
+    bias: Array,
+    config: StreamConfig,
+    implementation: Implementation = None,
+) -> Maps:
     sizes = np.array([config.streams, config.streams, config.residual_logits])
     gates = jnp.repeat(alpha.astype(raw.dtype), sizes, total_repeat_length=config.logits)
     normalized = raw * inverse_rms
     if config.constraint == "none":
         return _maps_from_logits(gates * jnp.tanh(normalized) + bias.astype(raw.dtype), config)
-    return _maps_from_logits(gates * normalized + bias.astype(raw.dtype), config)
+    return _maps_from_logits(gates * normalized + bias.astype(raw.dtype), config, implementation)
 
 
-def _maps_from_logits(logits: Array, config: StreamConfig) -> Maps:
+def _maps_from_logits(logits: Array, config: StreamConfig, implementation: Implementation = None) -> Maps:
     n = config.streams
     pre, post, res = jnp.split(logits, [n, 2 * n], axis=-1)
     if config.constraint == "none":
         return Maps(pre, post, res.reshape(*res.shape[:-1], n, n))
-    return Maps(jax.nn.sigmoid(pre) + config.epsilon, 2 * jax.nn.sigmoid(post), _residual_map(res, config))
+    residual = _residual_map(res, config, implementation)
+    return Maps(jax.nn.sigmoid(pre) + config.epsilon, 2 * jax.nn.sigmoid(post), residual)
 
 
-def _residual_map(logits: Array, config: StreamConfig) -> Array:
+def _residual_map(logits: Array, config: StreamConfig, implementation: Implementation) -> Array:
     n = config.streams
     if config.constraint == "sinkhorn":
-        return sinkhorn(logits.reshape(*logits.shape[:-1], n, n), config.iterations, config.epsilon)
+        matrices = logits.reshape(*logits.shape[:-1], n, n)
+        if implementation == "pallas":
+            return sinkhorn_kernels.sinkhorn(matrices, config.iterations, config.epsilon)
+        return sinkhorn(matrices, config.iterations, config.epsilon)
     res = jnp.ones((*logits.shape[:-1], 1, 1), logits.dtype)
     for factor in config.factors:
         weights, logits = jnp.split(logits, [math.factorial(factor)], axis=-1)
@@ -238,58 +258,80 @@ def _prime_factors(n: int) -> tuple[int, ...]:
 
 
 def read(
-    params: StreamParams, streams: Float[Array, "*tokens n C"], config: StreamConfig
+    params: StreamParams,
+    streams: Float[Array, "*tokens n C"],
+    config: StreamConfig,
+    *,
+    implementation: Implementation = None,
 ) -> tuple[Float[Array, "*tokens C"], Float[Array, "*tokens n"], Float[Array, "*tokens n n"]]:
     """The branch's input H_pre X, and the maps H_post and H_res for `write`.
 
     Kept for backward: the streams themselves and `config.logits` + 1 numbers a token; the maps are computed again.
+
+    Args:
+        implementation: "pallas" for the kernels of `mhc_jax.kernels.stream_read` and `mhc_jax.kernels.sinkhorn`, "xla"
+            or None for what XLA fuses. Static maps are small and always XLA's.
 
     Raises:
         ValueError: if `streams` has not n streams, or its width is not that of `params`.
         TypeError: if `streams` is not of a floating dtype.
     """
     _check(params, streams, config)
+    _check_implementation(implementation)
     if params.phi is None or params.alpha is None:
         pre, post, res = maps(params, streams, config)
         return _collapse(pre, streams), post, res
-    return _read(params.phi, params.alpha, params.bias, streams, config)
+    return _read(*params, streams, config, implementation)
 
 
-def _collapse(pre: Array, streams: Array) -> Array:
+def _collapse(pre: Array, streams: Array, implementation: Implementation = None) -> Array:
+    if implementation == "pallas":
+        return read_kernels.collapse(pre, streams)
     return jnp.einsum("...n,...nc->...c", pre, streams.astype(pre.dtype)).astype(streams.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _read(phi: Array, alpha: Array, bias: Array, streams: Array, config: StreamConfig) -> tuple[Array, Array, Array]:
-    return _read_fwd(phi, alpha, bias, streams, config)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _read(
+    phi: Array, alpha: Array, bias: Array, streams: Array, config: StreamConfig, implementation: Implementation
+) -> tuple[Array, Array, Array]:
+    return _read_fwd(phi, alpha, bias, streams, config, implementation)[0]
 
 
 def _read_fwd(
-    phi: Array, alpha: Array, bias: Array, streams: Array, config: StreamConfig
+    phi: Array, alpha: Array, bias: Array, streams: Array, config: StreamConfig, implementation: Implementation
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
-    raw, inverse_rms = _project(phi, streams, config)
-    pre, post, res = _maps_from_raw(raw, inverse_rms, alpha, bias, config)
-    return (_collapse(pre, streams), post, res), (phi, alpha, bias, streams, raw, inverse_rms)
+    raw, inverse_rms = _project(phi, streams, config, implementation)
+    pre, post, res = _maps_from_raw(raw, inverse_rms, alpha, bias, config, implementation)
+    return (_collapse(pre, streams, implementation), post, res), (phi, alpha, bias, streams, raw, inverse_rms)
 
 
 def _read_bwd(
-    config: StreamConfig, saved: tuple[Array, ...], cotangents: tuple[Array, Array, Array]
+    config: StreamConfig,
+    implementation: Implementation,
+    saved: tuple[Array, ...],
+    cotangents: tuple[Array, Array, Array],
 ) -> tuple[Array, Array, Array, Array]:
     phi, alpha, bias, streams, raw, inverse_rms = saved
     d_input, d_post, d_res = cotangents
-    (pre, _, _), pullback = jax.vjp(partial(_maps_from_raw, config=config), raw, inverse_rms, alpha, bias)
-    wide = streams.astype(raw.dtype)
-    d_input = d_input.astype(raw.dtype)
-    d_pre = jnp.einsum("...c,...nc->...n", d_input, wide)
+    dtype = raw.dtype
+    maps_again = partial(_maps_from_raw, config=config, implementation=implementation)
+    (pre, _, _), pullback = jax.vjp(maps_again, raw, inverse_rms, alpha, bias)
+    if implementation == "pallas":
+        d_pre = read_kernels.collapse_weights(d_input, streams, dtype)
+    else:
+        d_pre = jnp.einsum("...c,...nc->...n", d_input.astype(dtype), streams.astype(dtype))
     d_raw, d_inverse_rms, d_alpha, d_bias = pullback(Maps(d_pre, d_post, d_res))
+    radial = -d_inverse_rms * inverse_rms**3 / phi.shape[0]
+    if implementation == "pallas":
+        d_streams, d_phi = read_kernels.backward(streams, phi.astype(dtype), pre, d_input, d_raw, radial)
+        return d_phi.astype(phi.dtype), d_alpha, d_bias, d_streams
 
-    flat = wide.reshape(*wide.shape[:-2], -1)
+    flat = streams.astype(dtype).reshape(*streams.shape[:-2], -1)
     tokens = tuple(range(raw.ndim - 1))
     # Transposed on the way: the tall result (nC, m) directly is the slow side of a CPU's matrix product.
     d_phi = jnp.tensordot(d_raw, flat, (tokens, tokens)).T
-    d_flat = jnp.matmul(d_raw, phi.astype(raw.dtype).T)
-    d_flat -= d_inverse_rms * inverse_rms**3 / flat.shape[-1] * flat
-    d_streams = d_flat.reshape(streams.shape) + pre[..., None] * d_input[..., None, :]
+    d_flat = jnp.matmul(d_raw, phi.astype(dtype).T) + radial * flat
+    d_streams = d_flat.reshape(streams.shape) + pre[..., None] * d_input.astype(dtype)[..., None, :]
     return d_phi.astype(phi.dtype), d_alpha, d_bias, d_streams.astype(streams.dtype)
 
 
@@ -302,7 +344,7 @@ def write(
     post: Float[Array, "*tokens n"],
     res: Float[Array, "*tokens n n"],
     *,
-    implementation: Literal["xla", "pallas"] | None = None,
+    implementation: Implementation = None,
 ) -> Float[Array, "*tokens n C"]:
     """H_res X + H_post^T y: the streams after a branch whose output is y.
 
@@ -318,17 +360,14 @@ def write(
         raise ValueError(f"the branch must keep the shape of its input {expected}, its output has {jnp.shape(output)}")
     if output.dtype != streams.dtype:
         raise TypeError(f"the branch must keep the dtype of the streams {streams.dtype}, its output has {output.dtype}")
-    if implementation not in (None, "xla", "pallas"):
-        raise ValueError(f"implementation must be 'xla', 'pallas' or None, got {implementation!r}")
+    _check_implementation(implementation)
+    return _write(streams, output, post, res, implementation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _write(streams: Array, output: Array, post: Array, res: Array, implementation: Implementation) -> Array:
     if implementation == "pallas":
-        n, width = streams.shape[-2:]
-        rows = streams.reshape(-1, n, width), output.reshape(-1, width), post.reshape(-1, n), res.reshape(-1, n, n)
-        return kernels.write(*rows).reshape(streams.shape)
-    return _write(streams, output, post, res)
-
-
-@jax.custom_vjp
-def _write(streams: Array, output: Array, post: Array, res: Array) -> Array:
+        return write_kernels.write(streams, output, post, res)
     old, new = streams.astype(res.dtype), output.astype(res.dtype)
     # A sum over streams rather than a product of tiny matrices: it fuses into one pass over the streams.
     mixed = post[..., None] * new[..., None, :]
@@ -337,12 +376,16 @@ def _write(streams: Array, output: Array, post: Array, res: Array) -> Array:
     return mixed.astype(streams.dtype)
 
 
-def _write_fwd(*arguments: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _write(*arguments), arguments
+def _write_fwd(
+    streams: Array, output: Array, post: Array, res: Array, implementation: Implementation
+) -> tuple[Array, tuple[Array, ...]]:
+    return _write(streams, output, post, res, implementation), (streams, output, post, res)
 
 
-def _write_bwd(saved: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
+def _write_bwd(implementation: Implementation, saved: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
     streams, output, post, res = saved
+    if implementation == "pallas":
+        return write_kernels.write_backward(cotangent, streams, output, post, res)
     d = cotangent.astype(res.dtype)
     d_streams = jnp.zeros_like(d)
     for i in range(res.shape[-1]):
@@ -356,12 +399,18 @@ def _write_bwd(saved: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
 _write.defvjp(_write_fwd, _write_bwd)
 
 
-def wrap(branch: Callable[..., Array], config: StreamConfig) -> Callable[..., Array]:
-    """`branch(x, *args, **kwargs)` on one stream becomes `connected(params, streams, *args, **kwargs)` on n of them."""
+def wrap(
+    branch: Callable[..., Array], config: StreamConfig, *, implementation: Implementation = None
+) -> Callable[..., Array]:
+    """`branch(x, *args, **kwargs)` on one stream becomes `connected(params, streams, *args, **kwargs)` on n of them.
+
+    Args:
+        implementation: as of `read` and `write`.
+    """
 
     def connected(params: StreamParams, streams: Array, *args: Any, **kwargs: Any) -> Array:
-        x, post, res = read(params, streams, config)
-        return write(streams, branch(x, *args, **kwargs), post, res)
+        x, post, res = read(params, streams, config, implementation=implementation)
+        return write(streams, branch(x, *args, **kwargs), post, res, implementation=implementation)
 
     return connected
 
@@ -444,6 +493,11 @@ def head(params: HeadParams, streams: Float[Array, "*tokens n C"], config: Strea
     raw, inverse_rms = _project(params.phi, streams, config)
     pre = jax.nn.sigmoid(params.alpha * raw * inverse_rms + params.bias) + config.epsilon
     return _collapse(pre, streams)
+
+
+def _check_implementation(implementation: Implementation) -> None:
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(f"implementation must be 'xla', 'pallas' or None, got {implementation!r}")
 
 
 def _check(params: StreamParams, streams: Array, config: StreamConfig) -> None:

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mhc_jax import streams as functional
-from mhc_jax.streams import HeadParams, StreamConfig, StreamParams
+from mhc_jax.streams import HeadParams, Implementation, StreamConfig, StreamParams
 
 
 class HyperConnections(nnx.Module):
@@ -23,6 +23,7 @@ class HyperConnections(nnx.Module):
         width: features C of one stream.
         config: all options in one value; or give them as keywords, the fields of `StreamConfig`.
         layer_index: which wrapped branch of the network this is, counted from 0: sets the stream it reads most.
+        implementation: "pallas" for kernels, as of `mhc_jax.streams.read` and `write`.
 
     Attributes:
         phi: (n * width, m) parameter, m = config.logits columns: those of H_pre, H_post, H_res. None if not dynamic.
@@ -49,9 +50,11 @@ class HyperConnections(nnx.Module):
         *,
         config: StreamConfig | None = None,
         layer_index: int | Array = 0,
+        implementation: Implementation = None,
         **options: Any,
     ) -> None:
         self.config = as_stream_config(config, options)
+        self.implementation = implementation
         self.branch = branch
         phi, alpha, bias = functional.init_params(self.config, width, layer_index)
         self.phi = nnx.data(None if phi is None else nnx.Param(phi))
@@ -65,7 +68,8 @@ class HyperConnections(nnx.Module):
         return StreamParams(self.phi[...], self.alpha[...], self.bias[...])
 
     def __call__(self, streams: Float[Array, "*tokens n C"], *args: Any, **kwargs: Any) -> Float[Array, "*tokens n C"]:
-        return functional.wrap(self.branch, self.config)(self.params(), streams, *args, **kwargs)
+        connected = functional.wrap(self.branch, self.config, implementation=self.implementation)
+        return connected(self.params(), streams, *args, **kwargs)
 
 
 class StreamHead(nnx.Module):

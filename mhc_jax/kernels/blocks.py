@@ -1,0 +1,60 @@
+"""What the kernels of streams share: a choice of blocks for every platform, and arrays that fill whole blocks.
+
+A block is (tokens, features): what one program of the grid works on at a time.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array
+
+LANES = 128
+# Blocks of the kernels that multiply no matrices: registers of a GPU, vector memory of a TPU.
+GPU_BLOCK = (8, 128)
+TPU_BLOCK = (128, 512)
+
+
+def on_every_platform(function: Any, *arguments: Array, tpu: Any, gpu: Any) -> Any:
+    """`function(*arguments, block=, options=)`, with the block of the platform that the program is compiled for.
+
+    Lowers to Mosaic for TPU and to Triton for CUDA and ROCm; on any other platform kernels are interpreted, for tests.
+    """
+    triton_call = partial(function, block=gpu, options={"compiler_params": triton.CompilerParams()})
+    return lax.platform_dependent(
+        *arguments,
+        tpu=partial(function, block=tpu, options={}),
+        cuda=triton_call,
+        rocm=triton_call,
+        default=partial(function, block=gpu, options={"interpret": True}),
+    )
+
+
+def rows(array: Array, axes: int) -> Array:
+    """All tokens in one axis, before the last `axes`."""
+    return array.reshape(-1, *array.shape[-axes:])
+
+
+def filled(array: Array, block: tuple[int, int]) -> Array:
+    """Tokens (first axis) and features (last axis) filled up with zeros to whole blocks."""
+    widths = [(0, -array.shape[0] % block[0]), *[(0, 0)] * (array.ndim - 2), (0, -array.shape[-1] % block[1])]
+    return jnp.pad(array, widths)
+
+
+def common(size: int, unit: int, most: int) -> int:
+    """The largest multiple of `unit`, at most `most` (itself one), that fills `size` up no further than `unit` does."""
+    return unit * math.gcd(pl.cdiv(size, unit), most // unit)
+
+
+def specs(n: int, width: int, block: tuple[int, int]) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+    """What a program sees of the streams (T, n, C), of one stream (T, C), and of a table of tokens (T, width)."""
+    tokens, features = block
+    return (
+        pl.BlockSpec((tokens, n, features), lambda t, c: (t, 0, c)),
+        pl.BlockSpec((tokens, features), lambda t, c: (t, c)),
+        pl.BlockSpec((tokens, width), lambda t, c: (t, 0)),
+    )
