@@ -35,8 +35,9 @@ def interleaved(
 ) -> dict[str, np.ndarray]:
     """Seconds per call of every candidate, one value per round, in rounds that go on for about ``seconds`` in all.
 
-    A candidate is called without arguments; JAX arrays that it returns are waited for. Every other round runs in
-    reverse order, so that nobody always follows the same neighbour. There are at least 10 rounds.
+    A candidate is called without arguments; JAX arrays that it returns are waited for. Its turn is two calls, of which
+    the second is timed: as in training, where a step follows a step of the same kind, its data are in the caches as far
+    as they fit. Every other round runs in reverse order. There are at least 10 rounds.
     """
     for call in candidates.values():
         for _ in range(warmup):
@@ -46,6 +47,7 @@ def interleaved(
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(samples[order[0]]) < 10:
         for name in order:
+            jax.block_until_ready(candidates[name]())
             start = time.perf_counter()
             jax.block_until_ready(candidates[name]())
             samples[name].append(time.perf_counter() - start)

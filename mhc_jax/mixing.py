@@ -277,6 +277,8 @@ def _close(
     return function, jaxpr.consts
 
 
+_SLOTS_AT_ONCE = 8
+
 # The tape. Slot l holds x_l on the way forward, and on the way back G_{l+1} = dL/dx_{l+1} as soon as x_l is used up:
 #
 #     G_l = (df_l/dx)^T G_{l+1} + sum_{j=l}^{min(L-1, l+W-1)} weights[j, l] * G_{j+1}
@@ -340,10 +342,10 @@ def _layers_bwd(stack: _Stack, residuals: Any, g: State) -> tuple[Any, Any, Stat
         index, params, pullback, column = scanned
         d_shared_here, d_params, dx = _with(pullback, (shared, params, x))(g)
         tape = _write(tape, index, g)
-        window = _read(tape, lax.min(index, depth - width), width)
-        d_column = jnp.stack([_inner(x, cotangent, weights.dtype) for cotangent in window])
+        start = lax.min(index, depth - width)
+        d_column = _inner_products(tape, start, width, x, weights.dtype)
         if not stack.detach_history:
-            dx = _weighted_sum(dx, window, column)
+            dx = _weighted_sum(dx, _read(tape, start, width), column)
         d_shared = jax.tree.map(jnp.add, d_shared, _real(d_shared_here))
         # The next state is taken from the tape as it is now: a read of an older one would cost a copy of it all.
         (x,) = _read(tape, lax.max(index - 1, 0), 1)
@@ -385,12 +387,26 @@ def _read(tape: State, start: Array | int, count: int) -> list[State]:
     ]
 
 
-def _inner(a: State, b: State, dtype: Any) -> Float[Array, ""]:
-    def leaf_inner(p: Array, q: Array) -> Array:
-        wide = jnp.promote_types(p.dtype, dtype)
-        return jnp.sum(p.astype(wide) * q.astype(wide)).astype(dtype)
+def _inner_products(tape: State, start: Array, count: int, x: State, dtype: Any) -> Float[Array, "count"]:
+    """``<tape[start + c], x>`` for every c, as matrix-vector products: a plain sum is not vectorized on a CPU."""
 
-    return jax.tree.reduce(jnp.add, jax.tree.map(leaf_inner, a, b))
+    def products(first: Array | int) -> Array:
+        def leaf_products(rows: Array, leaf: Array) -> Array:
+            rows = lax.dynamic_slice_in_dim(rows, start + first, size)
+            wide = jnp.promote_types(leaf.dtype, dtype)
+            exact = lax.Precision.HIGHEST
+            return jnp.tensordot(rows, leaf, leaf.ndim, precision=exact, preferred_element_type=wide).astype(dtype)
+
+        return jax.tree.reduce(jnp.add, jax.tree.map(leaf_products, tape, x))
+
+    # A library call gets a copy of its slots, so a wide window goes through it in parts, of which the last may overlap.
+    parts = -(-count // _SLOTS_AT_ONCE)
+    size = -(-count // parts)
+    if parts == 1:
+        return products(0)
+    firsts = np.minimum(np.arange(parts) * size, count - size)
+    c = np.arange(count)
+    return lax.map(products, jnp.asarray(firsts))[c // size, c - firsts[c // size]]
 
 
 def _real(cotangents: Any) -> Any:
