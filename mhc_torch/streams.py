@@ -220,7 +220,7 @@ def sinkhorn(
     # The batch goes last, where it fills the vector unit.
     matrices = logits.flatten(0, -3).permute(1, 2, 0) if logits.ndim > 2 else logits[..., None]
     result: Tensor = _sinkhorn(matrices.contiguous(), iterations, epsilon)
-    return result.permute(2, 0, 1).reshape(logits.shape)
+    return result.permute(2, 0, 1).contiguous().reshape(logits.shape)
 
 
 # Operators of their own, on matrices of shape (n, n, batch): a compiler that sees into the loop unrolls it, which takes
@@ -286,9 +286,13 @@ def _sinkhorn_loop(logits: Tensor, iterations: int, epsilon: float) -> tuple[Ten
     _, matrix = _sinkhorn_start(logits, epsilon)
     sums = []
     for _ in range(iterations - 1):
-        columns = matrix.sum(0, keepdim=True) + epsilon
+        columns = matrix.sum(0, keepdim=True)
+        if epsilon:
+            columns += epsilon
         matrix /= columns
-        rows = matrix.sum(1, keepdim=True) + epsilon
+        rows = matrix.sum(1, keepdim=True)
+        if epsilon:
+            rows += epsilon
         matrix /= rows
         sums.append((columns, rows))
     return matrix, sums
@@ -308,7 +312,9 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, phi: Tensor, epsilon: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+        # A norm, squared again, is one pass; a mean of squares would write the squares.
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse_rms = torch.rsqrt(norm.square() / phi.shape[0] + epsilon)
         result = wide @ phi.to(wide.dtype) * inverse_rms
         ctx.save_for_backward(x, phi, result, inverse_rms)
         return result
@@ -322,7 +328,7 @@ class _Project(torch.autograd.Function):
         wide = x.to(cotangent.dtype).flatten(0, -2)
         # Transposed on the way: the tall result (nC, m) directly is the slow side of a CPU's matrix product.
         d_phi = (d_raw.T @ wide).T
-        d_x = torch.addmm(wide * radial.flatten(0, -2), d_raw, phi.to(d_raw.dtype).T, beta=-1)
+        d_x = (wide * radial.flatten(0, -2)).addmm_(d_raw, phi.to(d_raw.dtype).T, beta=-1)
         return d_x.reshape(x.shape).to(x.dtype), d_phi.to(phi.dtype), None
 
 
@@ -348,18 +354,28 @@ class _Write(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, streams: Tensor, output: Tensor, post: Tensor, res: Tensor) -> Tensor:
         ctx.save_for_backward(streams, output, post, res)
-        added = post[..., None] * output.to(post.dtype)[:, None]
-        return torch.baddbmm(added, res, streams.to(res.dtype)).to(streams.dtype)
+        mixed = post[..., None] * output.to(res.dtype)[:, None]
+        return _add_product(mixed, res, streams.to(res.dtype)).to(streams.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         streams, output, post, res = ctx.saved_tensors
-        d = cotangent.to(res.dtype)
-        d_streams = torch.bmm(res.mT, d).to(streams.dtype)
+        d = cotangent.to(res.dtype).contiguous()
+        d_streams = _add_product(torch.zeros_like(d), res.mT, d).to(streams.dtype)
         d_output = torch.bmm(post[:, None], d)[:, 0].to(output.dtype)
         d_post = torch.bmm(output.to(res.dtype)[:, None], d.mT)[:, 0]
         return d_streams, d_output, d_post, torch.bmm(d, streams.to(res.dtype).mT)
+
+
+def _add_product(total: Tensor, matrices: Tensor, streams: Tensor) -> Tensor:
+    """total + matrices (T, n, n) @ streams (T, n, C), in place of `total`.
+
+    A sum over streams takes as long as a product of tiny matrices, and a compiler fuses it with what is around.
+    """
+    for j in range(streams.shape[1]):
+        total.addcmul_(matrices[:, :, j, None], streams[:, j, None])
+    return total
 
 
 def collapse(pre: Float[Tensor, "*tokens n"], streams: Float[Tensor, "*tokens n C"]) -> Float[Tensor, "*tokens C"]:
@@ -402,7 +418,8 @@ def write(
 
 def expand(x: Float[Tensor, "*tokens C"], streams: int) -> Float[Tensor, "*tokens n C"]:
     """n copies of x. Once, before the first layer."""
-    return x[..., None, :].expand(*x.shape[:-1], streams, x.shape[-1])
+    # Copies and not views of one: products of batches run one by one for matrices whose rows share their memory.
+    return x[..., None, :].expand(*x.shape[:-1], streams, x.shape[-1]).contiguous()
 
 
 def reduce(streams: Float[Tensor, "*tokens n C"], how: Literal["mean", "sum"] = "mean") -> Float[Tensor, "*tokens C"]:
