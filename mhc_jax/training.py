@@ -5,9 +5,11 @@ train_step = make_train_step(loss_fn, optimizer)
 for batch in batches:
     state, metrics = train_step(state, batch)
 model = state.model
+
+`train` is that loop with an experiment tracker.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mhc_jax.checks import expect_finite
+from mhc_jax.tracking import Tracker, log_dashboard
 
 Batch = Any
 Metrics = Mapping[str, Any]
@@ -119,3 +122,80 @@ def make_train_step(
         return new_state, report | dict(metrics)
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def train(
+    state: TrainState,
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]],
+    batches: Iterable[Batch],
+    *,
+    tracker: Tracker | None = None,
+    log_interval: int = 50,
+    hyperparams: Mapping[str, Any] | None = None,
+) -> TrainState:
+    """One update for each batch, logging on the way.
+
+    At every `log_interval`-th update, the first included, the tracker gets the metrics of the step as
+    `train/<name>` (nested ones as `train/<name>/<inner>`), and, from a step with `diagnose`, the dashboard of
+    `mhc_jax.tracking` under the names that `MHCLightningCallback` uses. Their step is the number of updates made
+    before. Only then does the loop wait for the device. With several processes the first one logs.
+
+    Args:
+        state: where to begin; donated, its arrays must not be used again.
+        train_step: from `make_train_step`.
+        batches: as many as updates.
+        tracker: anything with `log_metrics(metrics, step)` and `log_hyperparams(params)`, such as an `Experiment` of
+            `mhc_torch.tracking` or a logger of Lightning.
+        log_interval: updates from one report to the next, at least 1.
+        hyperparams: logged once, before the first update.
+
+    Returns:
+        The state after the last batch.
+
+    Raises:
+        ValueError: `log_interval` is less than 1, or a metric is no scalar.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from flax import nnx
+        >>> class Printer:
+        ...     def log_metrics(self, metrics, step):
+        ...         print(step, sorted(metrics))
+        ...     def log_hyperparams(self, params):
+        ...         print(params)
+        >>> optimizer = optax.sgd(0.1)
+        >>> state = TrainState.create(nnx.Linear(2, 1, rngs=nnx.Rngs(0)), optimizer)
+        >>> train_step = make_train_step(lambda model, x: (jnp.mean(model(x) ** 2), {}), optimizer)
+        >>> state = train(
+        ...     state, train_step, [jnp.eye(2)] * 3, tracker=Printer(), log_interval=2, hyperparams={"lr": 0.1}
+        ... )
+        {'lr': 0.1}
+        0 ['train/grad_norm', 'train/loss']
+        2 ['train/grad_norm', 'train/loss']
+    """
+    if log_interval < 1:
+        raise ValueError(f"log_interval must be at least 1 update, got {log_interval}")
+    if jax.process_index() != 0:
+        tracker = None
+    if tracker is not None and hyperparams is not None:
+        tracker.log_hyperparams(hyperparams)
+    step = int(state.step)
+    for batch in batches:
+        state, metrics = train_step(state, batch)
+        if tracker is not None and step % log_interval == 0:
+            diagnostics = metrics.pop("diagnostics", {})
+            tracker.log_metrics(_scalars(metrics), step)
+            # The dashboard asks for the kinds of the layers only, not for their arrays.
+            log_dashboard(tracker, nnx.eval_shape(lambda state: state.model, state), diagnostics, step)
+        step += 1
+    return state
+
+
+def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    scalars = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(dict(metrics))):
+        name = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if jnp.size(leaf) != 1:
+            raise ValueError(f"the metric {name!r} has shape {jnp.shape(leaf)}; a tracker takes scalars")
+        scalars[f"train/{name}"] = float(leaf)
+    return scalars

@@ -3,9 +3,11 @@
 from mhc_torch.utils.lightning_callback import MHCLightningCallback  # isort: skip  says what to install
 
 from mhc_torch.lightning.callbacks import EarlyStoppingConfig, EMAConfig, ModelCheckpointConfig
+from mhc_torch.lightning.clearml_logger import ClearMLLogger
 from mhc_torch.lightning.data import DatasetsConfig, FinetuneDataModule
 from mhc_torch.lightning.finetune import FinetuneModuleBase
 from mhc_torch.lightning.loggers import (
+    ClearMLLoggerConfig,
     CometLoggerConfig,
     CSVLoggerConfig,
     MLFlowLoggerConfig,
@@ -17,6 +19,8 @@ from mhc_torch.lightning.trainer import TrainerConfig
 
 __all__ = [
     "CSVLoggerConfig",
+    "ClearMLLogger",
+    "ClearMLLoggerConfig",
     "CometLoggerConfig",
     "DatasetsConfig",
     "EMAConfig",

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from lightning.pytorch import loggers
 from pydantic import BeforeValidator, Field
 
+from mhc_torch.lightning.clearml_logger import ClearMLLogger
 from mhc_torch.lightning.settings import Settings, require, require_writable
 
 
@@ -84,12 +85,33 @@ class CometLoggerConfig(Settings):
         return loggers.CometLogger(**given)
 
 
-AnyLogger = TensorBoardLoggerConfig | CSVLoggerConfig | WandbLoggerConfig | MLFlowLoggerConfig | CometLoggerConfig
+class ClearMLLoggerConfig(Settings):
+    """A task of ClearML; ``offline`` keeps it under ``save_dir/offline``."""
+
+    type: Literal["clearml"] = "clearml"
+    project: str = "lightning_logs"
+    name: str = "run"
+    save_dir: str | None = None
+    offline: bool = False
+
+    def create_logger(self) -> ClearMLLogger:
+        return ClearMLLogger(**self.model_dump(exclude={"type"}))
+
+
+AnyLogger = (
+    TensorBoardLoggerConfig
+    | CSVLoggerConfig
+    | WandbLoggerConfig
+    | MLFlowLoggerConfig
+    | CometLoggerConfig
+    | ClearMLLoggerConfig
+)
 
 
 def _by_name(value: Any) -> Any:
     return {"type": value} if isinstance(value, str) else value
 
 
-# A logger's configuration, or its bare name for the defaults: "tensorboard", "csv", "wandb", "mlflow", "comet".
+# A logger's configuration, or its bare name:
+# "tensorboard", "csv", "wandb", "mlflow", "comet", "clearml".
 LoggerConfig = Annotated[Annotated[AnyLogger, Field(discriminator="type")], BeforeValidator(_by_name)]

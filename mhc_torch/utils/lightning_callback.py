@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mhc_torch.utils.monitoring import entropy, extract_mixing_weights, gradient_norms, reset_history
+from mhc_torch.utils.monitoring import composite_gains, entropy, extract_mixing_weights, gradient_norms, reset_history
 from mhc_torch.utils.pictures import log_picture, logger_kinds
 
 try:
@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise ImportError("MHCLightningCallback needs Lightning: pip install 'mhc-jax[lightning]'") from error
 
-_BACKENDS = ("tensorboard", "wandb", "mlflow", "comet", "csv")
+_BACKENDS = ("tensorboard", "wandb", "mlflow", "comet", "clearml", "csv")
 
 
 class MHCLightningCallback(Callback):
@@ -29,7 +29,8 @@ class MHCLightningCallback(Callback):
     (see :func:`~mhc_torch.utils.monitoring.mixing_layers`):
 
     - ``{prefix}/{layer}/alpha_{i}``: its live mixing weights, oldest state first, and ``{prefix}/mixing_weights``: one
-      heatmap over all layers (``log_mixing_weights``, needs matplotlib);
+      heatmap over all layers (``log_mixing_weights``, needs matplotlib); with them, for every MHCSequential,
+      ``{prefix}/{container}/gain_forward`` and ``.../gain_backward``, the composite gain of its skips;
     - ``{prefix}/{layer}/entropy``: the Shannon entropy ``-Σ α log α`` in nats (``log_entropy``);
     - ``{prefix}/{layer}/grad_norm`` and ``.../logits_grad_norm``: the Euclidean norm of the gradient of the layer's
       parameters and of its mixing logits, unscaled and not yet clipped (``log_gradients``).
@@ -39,7 +40,7 @@ class MHCLightningCallback(Callback):
 
     Args:
         log_weights: another name of ``log_mixing_weights``.
-        logging_backend: "tensorboard", "wandb", "mlflow", "comet" or "csv"; None means all loggers.
+        logging_backend: "tensorboard", "wandb", "mlflow", "comet", "clearml" or "csv"; None means all loggers.
 
     Raises:
         ValueError: ``log_interval`` below 1, or an unknown backend.
@@ -107,6 +108,8 @@ class MHCLightningCallback(Callback):
 
     def _metrics(self, weights: Mapping[str, Tensor], pl_module: pl.LightningModule) -> dict[str, float]:
         metrics = gradient_norms(pl_module) if self.log_gradients else {}
+        if self.log_mixing_weights:
+            metrics |= composite_gains(pl_module, weights)
         for layer, alpha in weights.items():
             if self.log_mixing_weights:
                 metrics |= {f"{layer}/alpha_{i}": value for i, value in enumerate(alpha.tolist())}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from mhc_torch.layers.compatible import is_mhc_compatible
 from mhc_torch.layers.history_buffer import clear_history
 from mhc_torch.layers.managed import MHCSequential
+
+# Parameters of skips that scale the mixed history as a whole.
+_NO_LOGITS = ("gate_logit", "gain")
 
 
 def mixing_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -57,8 +60,43 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
     for name, skip in mixing_layers(model):
         key = without_compile_prefix(name) or type(skip).__name__
         norms[f"{key}/grad_norm"] = _gradient_norm(_layer_of(model, name).parameters())
-        norms[f"{key}/logits_grad_norm"] = _gradient_norm(skip.parameters(recurse=False))
+        own = skip.named_parameters(recurse=False)
+        norms[f"{key}/logits_grad_norm"] = _gradient_norm(p for name, p in own if name not in _NO_LOGITS)
     return norms
+
+
+@torch.no_grad()
+def composite_gains(model: nn.Module, weights: Mapping[str, Float[Tensor, "k"]]) -> dict[str, float]:
+    """By how much the skips alone can amplify a signal and a gradient through all layers of each MHCSequential.
+
+    ``{container}/gain_forward`` and ``{container}/gain_backward``: the largest absolute row and column sum of the
+    product of the layers' maps of the window, gates included; the "Amax gain magnitude" of arXiv 2512.24880,
+    section 3.1. A model that is itself an MHCSequential has no first part.
+
+    Args:
+        weights: of ``extract_mixing_weights(model)``.
+    """
+    gains = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, MHCSequential) or not len(module.skip_layers):
+            continue
+        inside = f"{holder}." if (holder := without_compile_prefix(name)) else ""
+        skips: list[Any] = list(module.skip_layers)
+        window = max(skip.max_history for skip in skips)
+        product = torch.eye(window, dtype=torch.float64)
+        for layer, skip in enumerate(skips):
+            alpha = weights[f"{inside}skip_layers.{layer}"].double()
+            if skip.use_gating:
+                alpha = alpha * skip.gate_logit.double().sigmoid().cpu()
+            # The oldest state drops out of the window, and the weighted sum comes in last.
+            step = torch.eye(window, dtype=torch.float64).roll(-1, 0)
+            step[-1] = 0
+            step[-1, window - len(alpha) :] = alpha
+            product = step @ product
+        start = f"{holder}/" if holder else ""
+        gains[f"{start}gain_forward"] = product.abs().sum(1).max().item()
+        gains[f"{start}gain_backward"] = product.abs().sum(0).max().item()
+    return gains
 
 
 def reset_history(model: nn.Module) -> None:

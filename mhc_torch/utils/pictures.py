@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 
 def log_picture(logger: Any, key: str, picture: Image, step: int) -> None:
     """Log ``picture`` under ``key`` at ``step``. A logger that takes no pictures gets none, with a warning."""
+    if hasattr(logger, "log_picture"):  # one of mhc_torch.tracking, which sends it from a thread
+        logger.log_picture(key, picture, step)
+    else:
+        send_picture(logger, key, picture, step)
+
+
+def send_picture(logger: Any, key: str, picture: Image, step: int) -> None:
+    """The same for a logger of Lightning itself, now."""
     send = next((_SENDERS[kind] for kind in logger_kinds(logger) if kind in _SENDERS), None)
     if send is not None:
         send(logger, key, picture, step)

@@ -11,8 +11,10 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 
 Scalars = dict[str, dict[int, float]]
@@ -109,3 +111,62 @@ def comet_archive(folder: Path, key: str) -> tuple[Scalars, dict[int, np.ndarray
             elif message["type"] == "file_upload" and (payload["additional_params"] or {}).get("figName") == key:
                 pictures[payload["additional_params"]["step"]] = image(files.read(payload["file_path"]))
     return dict(scalars), pictures
+
+
+def clearml_session(folder: Path, key: str) -> tuple[Scalars, dict[int, np.ndarray]]:
+    (archive,) = folder.glob("offline/*.zip")
+    scalars: Scalars = defaultdict(dict)
+    pictures = {}
+    with zipfile.ZipFile(archive) as files:
+        for line in files.read("metrics.jsonl").splitlines():
+            for event in json.loads(line):
+                if event["type"] == "training_stats_scalar":
+                    assert event["metric"] == event["variant"]
+                    scalars[event["metric"]][event["iter"]] = event["value"]
+                elif event["metric"] == key:
+                    pictures[event["iter"]] = image(files.read(f"data/{event['key']}"))
+    return dict(scalars), pictures
+
+
+def tensorboard_parameters(folder: Path) -> dict[str, Any]:
+    return _flat(yaml.safe_load((folder / "hparams.yaml").read_text()))
+
+
+def wandb_parameters(folder: Path) -> dict[str, Any]:
+    from wandb.proto import wandb_internal_pb2
+
+    (log,) = folder.glob("wandb/offline-run-*/*.wandb")
+    parameters: dict[str, Any] = {}
+    for data in _leveldb_records(log.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        parameters |= {item.key: json.loads(item.value_json) for item in record.config.update}
+    return _flat(parameters)
+
+
+def mlflow_parameters(uri: str, run_id: str) -> dict[str, Any]:
+    from mlflow.tracking import MlflowClient
+
+    return dict(MlflowClient(uri).get_run(run_id).data.params)
+
+
+def comet_parameters(folder: Path) -> dict[str, Any]:
+    (archive,) = folder.glob("*.zip")
+    with zipfile.ZipFile(archive) as files:
+        messages = [json.loads(line) for line in files.read("messages.json").splitlines()]
+    found = [message["payload"]["param"] for message in messages if message["type"] == "parameter_msg"]
+    return {param["paramName"]: param["paramValue"] for param in found if param["source"] == "manual"}
+
+
+def clearml_parameters(folder: Path) -> dict[str, Any]:
+    (archive,) = folder.glob("offline/*.zip")
+    with zipfile.ZipFile(archive) as files:
+        section = json.loads(files.read("task.json")).get("hyperparams", {}).get("General", {})
+    return {name: parameter["value"] for name, parameter in section.items()}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

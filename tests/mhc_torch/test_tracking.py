@@ -1,0 +1,487 @@
+"""mhc_torch.tracking: real backends without a network, and what each of them wrote, read back from its own files."""
+
+import logging
+import math
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import lightning as L
+import numpy as np
+import psutil
+import pytest
+import pytorch_lightning
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.loggers import CSVLogger
+
+from mhc_torch import MHCLightningCallback
+from mhc_torch.tracking import TrackingConfig, get_active_experiment, start_logging, stop_logging
+from mhc_torch.tracking.backends import BACKENDS as BACKENDS_AND_MODULES
+from mhc_torch.tracking.git import git_state
+from mhc_torch.tracking.outbox import Outbox
+from tests.mhc_torch import readers
+from tests.mhc_torch.lightning_models import Classifier, loader, trainer
+
+BACKENDS = ["mlflow", "wandb", "tensorboard", "clearml", "comet"]
+HEATMAP = "mhc/mixing_weights"
+SECRETS = ["WANDB_API_KEY", "COMET_API_KEY", "CLEARML_API_ACCESS_KEY", "CLEARML_API_HOST", "MLFLOW_TRACKING_URI"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_network():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMET_INTERNAL_SENTRY_DSN", "")
+        for name in SECRETS:
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _one_at_a_time():
+    yield
+    stop_logging()
+
+
+@pytest.fixture(scope="module")
+def new_folder(tmp_path_factory):
+    """Makes folders with an empty MLflow database in them, whose tables take seconds to make."""
+    from mlflow.tracking import MlflowClient
+
+    template = tmp_path_factory.mktemp("database") / "mlflow.db"
+    MlflowClient(f"sqlite:///{template}").search_experiments()
+
+    def make() -> Path:
+        folder = tmp_path_factory.mktemp("runs")
+        shutil.copy(template, folder)
+        return folder
+
+    return make
+
+
+def quiet(folder, **fields):
+    return {"save_dir": str(folder), "track_system": False, "track_git": False} | fields
+
+
+def events(folder, name="n", project="p"):
+    return folder / "tensorboard" / project / name / "version_0"
+
+
+def read(folder, experiment):
+    """Scalars and pictures, and hyperparameters, by backend."""
+    assert not [logger.outbox.unsent.read_text() for logger in experiment.loggers if logger.outbox.lost]
+    uri = f"sqlite:///{folder}/mlflow.db"
+    run_ids = [logger.run_id for logger in experiment.loggers if hasattr(logger, "run_id")]
+    log_dir = events(folder, experiment.name, experiment.project)
+    written, parameters = {}, {}
+    for backend in BACKENDS:
+        match backend:
+            case "mlflow" if run_ids:
+                written[backend] = readers.mlflow_store(uri, run_ids[0], folder)
+                parameters[backend] = readers.mlflow_parameters(uri, run_ids[0])
+            case "wandb" if (folder / "wandb").exists():
+                written[backend] = readers.wandb_offline(folder, HEATMAP)
+                parameters[backend] = readers.wandb_parameters(folder)
+            case "tensorboard" if log_dir.exists():
+                written[backend] = readers.tensorboard(log_dir)
+                parameters[backend] = readers.tensorboard_parameters(log_dir)
+            case "clearml" if (folder / "clearml").exists():
+                written[backend] = readers.clearml_session(folder / "clearml", HEATMAP)
+                parameters[backend] = readers.clearml_parameters(folder / "clearml")
+            case "comet" if (folder / "comet").exists():
+                written[backend] = readers.comet_archive(folder / "comet", HEATMAP)
+                parameters[backend] = readers.comet_parameters(folder / "comet")
+    return written, parameters
+
+
+def logs_everything(base):
+    """A module that logs in every way there is, on the LightningModule of either package."""
+
+    class Module(base):
+        def __init__(self, width: int = 6, note: str = "x" * 400):
+            super().__init__()
+            self.save_hyperparameters()
+            self.net = Classifier().net
+
+        def training_step(self, batch, batch_idx):
+            loss = self.net(batch[0]).square().mean()
+            self.log("train/loss", loss)
+            self.log("train/both", loss * 2, on_step=True, on_epoch=True)
+            self.log("train/epoch", torch.tensor(float(batch_idx)), on_step=False, on_epoch=True, reduce_fx="max")
+            self.log_dict({"train/a": batch_idx, "train/b": loss.detach() - 1})
+            return loss
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", self.net(batch[0]).square().mean())
+
+        def test_step(self, batch, batch_idx):
+            self.log("test/loss", self.net(batch[0]).square().mean())
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    return Module()
+
+
+@pytest.fixture(scope="module")
+def run(new_folder):
+    """One experiment in all backends: fit and test, a CSVLogger beside it as the witness of what Lightning logs."""
+    folder = new_folder()
+    config = {"save_dir": str(folder), "metrics_interval": 0.2}
+    experiment = start_logging("first run", "mhc tests", BACKENDS, config=config)
+    callbacks = [MHCLightningCallback(log_gradients=True, log_interval=2)]
+    settings = {"logger": CSVLogger(folder, "csv", ""), "max_epochs": 2, "log_every_n_steps": 2, "callbacks": callbacks}
+    module, fitted = logs_everything(L.LightningModule), trainer(**settings)
+    fitted.fit(module, loader(4), loader(2))
+    fitted.test(module, loader(2), verbose=False)
+    names = [type(logger).__name__ for logger in fitted.loggers]
+    stop_logging()
+    left = list(fitted.loggers)
+    witness, _ = readers.csv_file(folder / "csv", HEATMAP)
+    return experiment, *read(folder, experiment), witness, names, left
+
+
+def test_real_lightning_loggers_join_the_trainer_and_leave_at_the_end(run):
+    _, _, _, _, names, left = run
+    assert [name.strip("_") for name in names] == ["CSVLogger", "MLflow", "Wandb", "TensorBoard", "ClearML", "Comet"]
+    assert [type(logger) for logger in left] == [CSVLogger]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_metric_has_the_name_the_steps_and_the_values_that_lightning_gives_it(run, backend):
+    _, written, _, witness, *_ = run
+    scalars, _ = written[backend]
+    assert {"train/loss", "train/both_step", "train/both_epoch", "train/epoch", "test/loss", "epoch"} <= witness.keys()
+    for key, series in witness.items():
+        assert scalars[key].keys() == series.keys(), key
+        assert list(scalars[key].values()) == pytest.approx(list(series.values()), rel=1e-6), key
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_logged_that_lightning_does_not(run, backend):
+    _, written, _, witness, *_ = run
+    of_backends = ("system/", "_", HEATMAP, "hp_metric", "trainer/global_step")
+    assert {key for key in written[backend][0] if not key.startswith(of_backends)} == witness.keys()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hyperparameters_of_module_and_trainer_and_git(run, backend):
+    found = run[2][backend]
+    assert int(found["width"]) == 6
+    assert found["note"] == "x" * 400
+    assert int(found["trainer/max_epochs"]) == 2
+    assert found["trainer/precision"] == "32-true"
+    if state := git_state():
+        assert found["git/commit"] == state["git/commit"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_system_metrics_count_their_samples(run, backend):
+    scalars, _ = run[1][backend]
+    for key in ("system/cpu_percent", "system/memory_percent", "system/process_memory_mib"):
+        steps = sorted(scalars[key])
+        assert steps == list(range(len(steps)))
+    memory = max(scalars["system/process_memory_mib"].values())
+    assert 0.1 < memory * 2**20 / psutil.Process().memory_info().rss < 10
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_dashboard_comes_with_its_pictures(run, backend):
+    _, pictures = run[1][backend]
+    assert set(pictures) == {0, 2, 4, 6}
+    np.testing.assert_array_equal(pictures[4], run[1]["tensorboard"][1][4])
+
+
+def test_pytorch_lightning_is_tracked_too(new_folder):
+    folder = new_folder()
+    experiment = start_logging("pl", "p", ["tensorboard", "clearml"], config=quiet(folder))
+    csv = pytorch_lightning.loggers.CSVLogger(folder, "csv", "")
+    brief = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    fitted = pytorch_lightning.Trainer(accelerator="cpu", max_epochs=1, logger=csv, log_every_n_steps=1, **brief)
+    fitted.fit(logs_everything(pytorch_lightning.LightningModule), loader(3), loader(1))
+    stop_logging()
+    witness, _ = readers.csv_file(folder / "csv", HEATMAP)
+    for scalars, _ in read(folder, experiment)[0].values():
+        assert scalars.keys() - {"hp_metric"} == witness.keys()
+        for key, series in witness.items():
+            assert scalars[key] == pytest.approx(series, rel=1e-6)
+
+
+segments = st.from_regex(r"[a-zA-Z0-9][a-zA-Z0-9_-]{0,4}", fullmatch=True)
+names = st.lists(segments, min_size=1, max_size=3).map("/".join).filter(lambda name: name != "epoch")
+records = st.lists(
+    st.dictionaries(names, st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1), min_size=1
+)
+
+
+@settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow])
+@given(metrics=records, first=st.integers(0, 10**6))
+def test_nothing_is_lost_at_stop(new_folder, metrics, first):
+    folder = new_folder()
+    expected: readers.Scalars = {}
+    with start_logging("n", "p", BACKENDS, config=quiet(folder)) as experiment:
+        for step, values in enumerate(metrics, start=first):
+            experiment.log_metrics(values, step)
+            for key, value in values.items():
+                expected.setdefault(key, {})[step] = value
+    for backend, (scalars, _) in read(folder, experiment)[0].items():
+        # W&B counts rows and time in keys of its own; names here begin with no underscore.
+        own = ("trainer/global_step", "_")
+        found = {key: series for key, series in scalars.items() if not key.startswith(own)}
+        assert found == expected, backend
+
+
+def test_numbers_of_every_kind_arrive(tmp_path):
+    with start_logging("n", "p", "tensorboard", config=quiet(tmp_path)) as experiment:
+        values = {"python": 1, "torch": torch.tensor(2.0), "numpy": np.float32(3), "jax": jnp.float32(4), "bool": True}
+        experiment.log_metrics(values, jnp.int32(7))
+    scalars, _ = readers.tensorboard(events(tmp_path))
+    assert scalars == {"python": {7: 1}, "torch": {7: 2}, "numpy": {7: 3}, "jax": {7: 4}, "bool": {7: 1}}
+
+
+@pytest.mark.parametrize("value", ["high", None, 1j, torch.ones(2), np.ones(2), jnp.ones(2), [1.0]])
+def test_what_is_no_number_is_refused_by_name(tmp_path, value):
+    with (
+        start_logging("n", "p", "tensorboard", config=quiet(tmp_path)) as experiment,
+        pytest.raises(TypeError, match=r"metrics\['loss'\] must be a number"),
+    ):
+        experiment.log_metrics({"loss": value}, 0)
+
+
+def test_values_that_are_not_finite_are_not_changed(new_folder):
+    folder = new_folder()
+    with start_logging("n", "p", ["tensorboard", "wandb", "clearml"], config=quiet(folder)) as experiment:
+        experiment.log_metrics({"a": math.nan, "b": math.inf, "c": 1.0}, 3)
+    written, _ = read(folder, experiment)
+    assert math.isnan(written["tensorboard"][0]["a"][3])
+    assert written["tensorboard"][0]["b"] == {3: math.inf}
+    # ClearML would write 0; its log says what was left out.
+    assert written["clearml"][0].keys() == {"c"}
+
+
+def test_a_crash_still_writes_and_closes(new_folder):
+    folder = new_folder()
+
+    class Crashes(Classifier):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 2:
+                raise ZeroDivisionError("boom")
+
+    experiment = start_logging("n", "p", ["tensorboard", "mlflow"], config=quiet(folder))
+    with pytest.raises(ZeroDivisionError, match="boom"):
+        trainer(max_epochs=3).fit(Crashes(), loader(4))
+    # Written before anybody stopped the experiment.
+    assert {0, 1} <= readers.tensorboard(events(folder))[0]["train_loss"].keys()
+    stop_logging()
+    for scalars, _ in read(folder, experiment)[0].values():
+        assert {0, 1} <= scalars["train_loss"].keys()
+    assert experiment.loggers[1].experiment.get_run(experiment.loggers[1].run_id).info.status == "FAILED"
+    assert get_active_experiment() is None
+
+
+def test_an_exception_in_a_block_ends_the_run_as_failed(new_folder):
+    experiment = start_logging("n", "p", "mlflow", config=quiet(new_folder()))
+
+    def block():
+        with experiment:
+            experiment.log_metrics({"loss": 1}, 0)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        block()
+    run = experiment.loggers[0].experiment.get_run(experiment.loggers[0].run_id)
+    assert run.info.status == "FAILED"
+    assert run.data.metrics == {"loss": 1}
+
+
+def test_a_script_that_dies_writes_too(tmp_path):
+    script = """
+import sys
+from mhc_torch.tracking import start_logging
+experiment = start_logging("n", "p", "tensorboard", config={"save_dir": sys.argv[1], "track_git": False})
+for step in range(50):
+    experiment.log_metrics({"loss": step}, step)
+raise SystemExit("out of ideas")
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert "out of ideas" in done.stderr
+    scalars, _ = readers.tensorboard(events(tmp_path))
+    assert scalars["loss"] == {step: step for step in range(50)}
+    assert "system/cpu_percent" in scalars
+
+
+def test_a_backend_that_hangs_neither_stops_training_nor_is_silent(tmp_path, caplog):
+    experiment = start_logging("n", "p", ["tensorboard", "clearml"], config=quiet(tmp_path, backend_timeout=0.3))
+    tensorboard, _ = experiment.loggers
+    released = threading.Event()
+    # The writer of a real backend that never returns, as on a disk or a server that does not answer.
+    tensorboard.experiment.add_scalar = lambda *args: released.wait(60)
+    for step in range(5):
+        experiment.log_metrics({"loss": step}, step)
+    time.sleep(0.5)
+    with caplog.at_level(logging.WARNING):
+        fitted = trainer(max_epochs=1)
+        fitted.fit(Classifier(), loader(2))
+    assert fitted.global_step == 2
+    assert "tensorboard has taken nothing for" in caplog.text
+    with pytest.warns(RuntimeWarning, match=r"tensorboard did not take \d+ records; they are in .*n-tensorboard"):
+        stop_logging()
+    unsent = [eval(line, {"null": None}) for line in tensorboard.outbox.unsent.read_text().splitlines()]
+    assert [record["metrics"]["loss"] for record in unsent if "loss" in record.get("metrics", {})] == list(range(5))
+    scalars, _ = readers.clearml_session(tmp_path / "clearml", HEATMAP)
+    assert scalars["loss"] == {step: step for step in range(5)}
+    released.set()
+
+
+def test_a_backend_that_refuses_a_record_gets_the_others(new_folder, caplog):
+    folder = new_folder()
+    experiment = start_logging("n", "p", "mlflow", config=quiet(folder))
+    for name in ("good", "../bad", "fine"):  # MLflow takes no such path for a name
+        experiment.log_metrics({name: 1.0}, 0)
+    with pytest.warns(RuntimeWarning, match="mlflow did not take 1 records"):
+        stop_logging()
+    assert "mlflow refused a record" in caplog.text
+    logger = experiment.loggers[0]
+    scalars, _ = readers.mlflow_store(f"sqlite:///{folder}/mlflow.db", logger.run_id, folder)
+    assert scalars.keys() == {"good", "fine"}
+    assert '"../bad": 1.0' in logger.outbox.unsent.read_text()
+
+
+def test_records_keep_their_order_and_come_once():
+    taken = []
+    outbox = Outbox("list", lambda method, arguments: taken.append(arguments["i"]), lambda: None, Path("none"), 30)
+    for i in range(2000):
+        outbox.put("log", {"i": i})
+    outbox.close("close", {"i": "end"})
+    assert taken == [*range(2000), "end"]
+    with pytest.raises(RuntimeError, match="has been stopped"):
+        outbox.put("log", {"i": 0})
+
+
+def test_one_experiment_at_a_time_and_stopping_twice_is_fine(tmp_path):
+    first = start_logging("a", "p", "tensorboard", config=quiet(tmp_path))
+    assert get_active_experiment() is first
+    with pytest.raises(RuntimeError, match=r"'a' is active; stop_logging\(\) ends it"):
+        start_logging("b", "p", "tensorboard", config=quiet(tmp_path))
+    stop_logging()
+    stop_logging()
+    assert first.stopped
+    assert get_active_experiment() is None
+    with pytest.raises(RuntimeError, match="has been stopped"):
+        first.log_metrics({"x": 1}, 0)
+
+
+def test_trainers_are_left_alone_when_asked_or_when_nothing_is_active(tmp_path):
+    assert not [c for c in trainer().callbacks if "Attach" in type(c).__name__]
+    experiment = start_logging("a", "p", "tensorboard", config=quiet(tmp_path, track_lightning=False))
+    fitted = trainer()
+    fitted.fit(Classifier(), loader(1))
+    assert fitted.loggers == []
+    explicit = trainer(logger=experiment.loggers)
+    explicit.fit(Classifier(), loader(1))
+    stop_logging()
+    assert "train_loss" in readers.tensorboard(events(tmp_path, "a"))[0]
+
+
+def test_the_same_trainer_moves_to_the_next_experiment(tmp_path):
+    model = Classifier()
+    start_logging("a", "p", "tensorboard", config=quiet(tmp_path))
+    fitted = trainer()
+    fitted.fit(model, loader(1))
+    stop_logging()
+    second = start_logging("b", "p", "tensorboard", config=quiet(tmp_path))
+    fitted.fit_loop.max_epochs = 2
+    fitted.fit(model, loader(1))
+    assert fitted.loggers == second.loggers
+    stop_logging()
+    assert readers.tensorboard(events(tmp_path, "a"))[0]["train_loss"].keys() == {0}
+    assert readers.tensorboard(events(tmp_path, "b"))[0]["train_loss"].keys() == {1}
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=n", "-c", "user.email=n@example.com", "-c", "init.defaultBranch=trunk"]
+    subprocess.run(["git", "-C", folder, *identity, *arguments], check=True, capture_output=True)
+
+
+def test_git_state_from_no_repository_to_a_detached_head(tmp_path):
+    assert git_state(tmp_path) == {}
+    git(tmp_path, "init")
+    assert git_state(tmp_path) == {"git/branch": "trunk", "git/dirty": False}
+    (tmp_path / "file").write_text("one")
+    assert git_state(tmp_path)["git/dirty"] is True
+    git(tmp_path, "add", "file")
+    git(tmp_path, "commit", "-m", "one")
+    state = git_state(tmp_path)
+    assert state.keys() == {"git/commit", "git/branch", "git/dirty"}
+    assert len(state["git/commit"]) == 40
+    assert state["git/dirty"] is False
+    git(tmp_path, "checkout", "--detach")
+    assert git_state(tmp_path) == {"git/commit": state["git/commit"], "git/dirty": False}
+    (tmp_path / "file").write_text("two")
+    assert git_state(tmp_path)["git/dirty"] is True
+
+
+def test_without_git_there_is_no_state(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_state() == {}
+
+
+DEAD = "http://127.0.0.1:9"  # the port "discard", where nobody listens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"backend": "mlfow"}, ValueError, "one or several, each once, of mlflow, wandb.*got 'mlfow'"),
+        ({"backend": ["mlflow", "mlflow"]}, ValueError, "each once"),
+        ({"backend": []}, ValueError, "one or several"),
+        ({"exp_name": ""}, ValueError, "exp_name and project must not be empty"),
+        ({"config": {"metric_interval": 1}}, ValueError, "metric_interval"),
+        ({"config": {"metrics_interval": 0}}, ValueError, "metrics_interval"),
+        ({"backend": "tensorboard", "api_key": "k"}, ValueError, "api_key: 0 of the backends take one"),
+        ({"backend": ["wandb", "comet"], "api_key": "k"}, ValueError, r"api_key: 2 .*\(wandb, comet\); give a mapping"),
+        ({"backend": "wandb", "api_key": {"comet": "k"}}, ValueError, r"api_key is given for \['comet'\]"),
+        ({"backend": "clearml", "api_key": "k"}, ValueError, "<access key>:<secret key>"),
+        ({"backend": "mlflow", "backend_url": DEAD}, ConnectionError, f"mlflow: cannot reach {DEAD}"),
+        ({"backend": "wandb", "api_key": "k" * 40, "backend_url": DEAD}, ConnectionError, "WANDB_MODE=offline"),
+        ({"backend": "comet", "api_key": "k", "backend_url": DEAD}, ConnectionError, "COMET_START_ONLINE=0"),
+        ({"backend": "clearml", "api_key": "k:s", "backend_url": DEAD}, ConnectionError, "CLEARML_OFFLINE_MODE=1"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_before_training(tmp_path, monkeypatch, arguments, error, message):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    given = {"exp_name": "n", "project": "p"} | arguments
+    given["config"] = given.get("config", quiet(tmp_path))
+    with pytest.raises(error, match=message):
+        start_logging(**given)
+    assert get_active_experiment() is None
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="save_dir: cannot write to"):
+        start_logging("n", "p", "tensorboard", config=TrackingConfig(save_dir=str(tmp_path / "file" / "runs")))
+
+
+def test_a_missing_package_names_its_extra(tmp_path):
+    packages = {backend: module for backend, (module, _) in BACKENDS_AND_MODULES.items()}
+    code = f"""
+import sys
+import lightning.pytorch, mhc_torch.tracking
+for backend, module in {packages}.items():
+    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+        del sys.modules[name]
+    sys.modules[module] = None
+    try:
+        mhc_torch.tracking.start_logging("n", "p", backend)
+    except ImportError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    for line, backend in zip(done.stdout.splitlines(), packages, strict=True):
+        assert f"pip install 'mhc-jax[{backend}]'" in line
