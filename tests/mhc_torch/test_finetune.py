@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -17,6 +19,7 @@ from mhc_torch.lightning import (
     MHCLightningCallback,
     ModelCheckpointConfig,
     OptimizerConfig,
+    TrainerConfig,
     create_optimizer,
 )
 from tests.mhc_torch import readers
@@ -165,3 +168,58 @@ def test_it_all_comes_from_the_command_line_too(tmp_path):
     assert cli.model.hparams["optimizer"] == {"name": "SGD", "lr": 0.01, "kwargs": {}}
     assert cli.trainer.global_step == 3
     assert next(c for c in cli.trainer.callbacks if isinstance(c, MHCLightningCallback)).log_interval == 2
+
+
+def from_config(config: TrainerConfig) -> Trainer:
+    return config.create_trainer()
+
+
+COMMAND_LINE = {
+    "accelerator": "cpu",
+    "strategy": "auto",
+    "devices": 1,
+    "num_nodes": 1,
+    "precision": "bf16-mixed",
+    "deterministic": "warn",
+    "max_epochs": 2,
+    "min_epochs": 1,
+    "max_steps": 3,
+    "min_steps": 1,
+    "max_time": "00:01:00:00",
+    "val_check_interval": 1.0,
+    "check_val_every_n_epoch": 1,
+    "log_every_n_steps": 1,
+    "gradient_clip_val": 0.5,
+    "gradient_clip_algorithm": "norm",
+    "checkpoint.monitor": "val/loss",
+    "checkpoint.filename": "best",
+    "early_stopping.monitor": "val/loss",
+    "early_stopping.patience": 4,
+    "ema.decay": 0.9,
+    "loggers": '[{"type": "csv"}]',
+    "additional_trainer_kwargs": '{"enable_progress_bar": false, "enable_model_summary": false}',
+}
+
+
+def test_a_whole_trainer_config_comes_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert {name.partition(".")[0] for name in COMMAND_LINE} == TrainerConfig.model_fields.keys()
+    arguments = [f"--trainer.config.{name}={value}" for name, value in COMMAND_LINE.items()]
+    try:
+        settings = {"trainer_class": from_config, "save_config_callback": None}
+        cli = LightningCLI(Energies, SyntheticData, **settings, args=["fit", *arguments])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    trained = cli.trainer
+    assert (trained.max_epochs, trained.max_steps, trained.global_step) == (2, 3, 2)
+    assert (trained.precision, trained.gradient_clip_val) == ("bf16-mixed", 0.5)
+    assert trained.checkpoint_callback.best_model_path.endswith("best.ckpt")
+    assert [callback.patience for callback in trained.early_stopping_callbacks] == [4]
+    assert any(isinstance(callback, EMAWeightAveraging) for callback in trained.callbacks)
+    assert "val/loss" in readers.csv_file(tmp_path / "lightning_logs/version_0", "")[0]
+
+
+def test_an_unknown_field_on_the_command_line_is_named(capsys):
+    with pytest.raises(SystemExit):
+        LightningCLI(Energies, SyntheticData, trainer_class=from_config, args=["fit", "--trainer.config.turbo=1"])
+    assert "turbo" in capsys.readouterr().err
