@@ -72,6 +72,10 @@ class Queued:
     def finalize(self, status: str) -> None:
         """The end of one fit or test, not of the run; after a crash, perhaps the last chance to write."""
         self.crashed = status == "failed"
+        self.flush()
+
+    def flush(self) -> None:
+        """Wait until the backend has all that was logged, or hangs."""
         if not self.outbox.flush():
             _log.warning("%s hangs: not all of its metrics are written", self.outbox.backend)
 

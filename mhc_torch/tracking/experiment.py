@@ -6,13 +6,12 @@ import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger, Logger
+from lightning.pytorch.loggers.logger import Logger
 
 from mhc_torch.tracking.backends import Queued
 from mhc_torch.tracking.system import SystemMonitor
@@ -83,7 +82,7 @@ class Experiment:
 
     def monitor(self, interval: float) -> None:
         """Log the use of the machine every ``interval`` seconds until the end."""
-        if not self._silent:
+        if self._queued():
             self._monitor = SystemMonitor(self.log_metrics, interval)
 
     def attach(self, trainer: Any) -> None:
@@ -96,8 +95,8 @@ class Experiment:
 
     def flush(self) -> None:
         """Wait until the backends have all that was logged; for a hung one no longer than its timeout."""
-        for logger in self.loggers:
-            logger.finalize("success")
+        for logger in self._queued():
+            logger.flush()
 
     def stop(self, status: str = "success") -> None:
         """Send what waits, end the run in every backend and detach the loggers from their Trainers.
@@ -115,18 +114,16 @@ class Experiment:
             self._monitor.stop()
         for trainer in self._trainers:
             trainer.loggers = [logger for logger in trainer.loggers if logger not in self.loggers]
-        for logger in self.loggers:
-            if isinstance(logger, Queued):
-                logger.stop(status)
-        for logger in self.loggers:
-            if isinstance(logger, Queued) and (lost := logger.outbox.lost):
-                file = Path(logger.outbox.unsent)
-                message = f"{logger.outbox.backend} did not take {lost} records; they are in {file}"
+        for logger in self._queued():
+            logger.stop(status)
+        for outbox in (logger.outbox for logger in self._queued()):
+            if outbox.lost:
+                message = f"{outbox.backend} did not take {outbox.lost} records; they are in {outbox.unsent}"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
 
-    @property
-    def _silent(self) -> bool:
-        return all(isinstance(logger, DummyLogger) for logger in self.loggers)
+    def _queued(self) -> list[Queued]:
+        """The loggers that lead somewhere: on other ranks than zero, none."""
+        return [logger for logger in self.loggers if isinstance(logger, Queued)]
 
     def __enter__(self) -> Self:
         return self

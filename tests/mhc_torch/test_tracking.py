@@ -1,11 +1,12 @@
 """mhc_torch.tracking: real backends without a network, and what each of them wrote, read back from its own files."""
 
+import json
 import logging
 import math
 import shutil
+import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -315,27 +316,31 @@ raise SystemExit("out of ideas")
     assert "system/cpu_percent" in scalars
 
 
-def test_a_backend_that_hangs_neither_stops_training_nor_is_silent(tmp_path, caplog):
-    experiment = start_logging("n", "p", ["tensorboard", "clearml"], config=quiet(tmp_path, backend_timeout=0.3))
-    tensorboard, _ = experiment.loggers
-    released = threading.Event()
-    # The writer of a real backend that never returns, as on a disk or a server that does not answer.
-    tensorboard.experiment.add_scalar = lambda *args: released.wait(60)
-    for step in range(5):
-        experiment.log_metrics({"loss": step}, step)
-    time.sleep(0.5)
-    with caplog.at_level(logging.WARNING):
-        fitted = trainer(max_epochs=1)
-        fitted.fit(Classifier(), loader(2))
-    assert fitted.global_step == 2
-    assert "tensorboard has taken nothing for" in caplog.text
-    with pytest.warns(RuntimeWarning, match=r"tensorboard did not take \d+ records; they are in .*n-tensorboard"):
-        stop_logging()
-    unsent = [eval(line, {"null": None}) for line in tensorboard.outbox.unsent.read_text().splitlines()]
+def test_a_backend_that_hangs_neither_stops_training_nor_is_silent(new_folder, caplog):
+    folder = new_folder()
+    experiment = start_logging("n", "p", ["mlflow", "clearml"], config=quiet(folder, backend_timeout=0.3))
+    # Another program holds MLflow's database, for ever as far as this one can tell.
+    other = sqlite3.connect(folder / "mlflow.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    try:
+        for step in range(5):
+            experiment.log_metrics({"loss": step}, step)
+        time.sleep(0.5)
+        with caplog.at_level(logging.WARNING):
+            fitted = trainer(max_epochs=1)
+            fitted.fit(Classifier(), loader(2))
+        assert fitted.global_step == 2
+        assert "mlflow has taken nothing for" in caplog.text
+        with pytest.warns(RuntimeWarning, match=r"mlflow did not take \d+ records; they are in .*n-mlflow"):
+            stop_logging()
+    finally:
+        other.close()
+    unsent = [json.loads(line) for line in experiment.loggers[0].outbox.unsent.read_text().splitlines()]
     assert [record["metrics"]["loss"] for record in unsent if "loss" in record.get("metrics", {})] == list(range(5))
-    scalars, _ = readers.clearml_session(tmp_path / "clearml", HEATMAP)
+    assert [record["step"] for record in unsent if "train_loss" in record.get("metrics", {})] == [0, 1]
+    scalars, _ = readers.clearml_session(folder / "clearml", HEATMAP)
     assert scalars["loss"] == {step: step for step in range(5)}
-    released.set()
+    assert scalars["train_loss"].keys() == {0, 1}
 
 
 def test_a_backend_that_refuses_a_record_gets_the_others(new_folder, caplog):
@@ -401,6 +406,17 @@ def test_the_same_trainer_moves_to_the_next_experiment(tmp_path):
     stop_logging()
     assert readers.tensorboard(events(tmp_path, "a"))[0]["train_loss"].keys() == {0}
     assert readers.tensorboard(events(tmp_path, "b"))[0]["train_loss"].keys() == {1}
+
+
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+def test_other_ranks_log_nothing(tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    with start_logging("n", "p", ["tensorboard", "mlflow"], config={"save_dir": str(tmp_path)}) as experiment:
+        experiment.log_metrics({"loss": 1.0}, 0)
+        experiment.log_hyperparams({"lr": 0.1})
+        experiment.flush()
+        assert len(experiment.loggers) == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def git(folder, *arguments):
