@@ -182,6 +182,18 @@ def tokens(seed: int = 0) -> tuple[nnx.Module, nn.Module]:
     return randomized(JaxTokens(rngs=nnx.Rngs(0)), TorchTokens(), seed)
 
 
+def streams(seed: int = 0) -> tuple[nnx.Module, nn.Module]:
+    """A scanned stack of hyper-connections around linear layers."""
+
+    def layer(rngs: nnx.Rngs, index: jax.Array) -> nnx.Module:
+        linear = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        return mhc_jax.nn.HyperConnections(linear, WIDTH, streams=2, iterations=2, layer_index=index)
+
+    layers = (mhc_torch.HyperConnections(nn.Linear(WIDTH, WIDTH), WIDTH, streams=2, iterations=2) for _ in range(2))
+    jax_model = mhc_jax.nn.StreamStack(layer, depth=2, streams=2, rngs=nnx.Rngs(0))
+    return randomized(jax_model, mhc_torch.StreamStack(layers, streams=2), seed)
+
+
 def inputs(make: Callable, seed: int = 0) -> dict[str, np.ndarray]:
     """Inputs for a pair, as the arguments of `bridge.verify`."""
     rng = np.random.default_rng(seed)

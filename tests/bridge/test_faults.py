@@ -11,6 +11,7 @@ from flax import nnx
 from torch import nn
 
 import bridge
+from mhc_torch import streams
 from tests.bridge import pairs
 
 Models = tuple[nnx.Module, nn.Module]
@@ -74,6 +75,11 @@ def not_a_number(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def older_state(self: nn.Module, x: torch.Tensor, history: list[torch.Tensor], *rest: object) -> torch.Tensor:
     return type(self).forward(self, x, history[:-1] or history)
+
+
+def residual_map_transposed(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    pre, post, res = streams.maps(self.phi, self.alpha, self.bias, x, self.config)
+    return streams.write(x, self.branch(streams.collapse(pre, x)), post, res.mT)
 
 
 def four_heads(model: nn.Module) -> None:
@@ -142,3 +148,13 @@ def test_every_planted_fault_is_named_at_its_layer(make: Callable[[], Models]) -
         if report.ok or sorted(report.faults) != sorted(layers):
             wrong[name] = report.faults
     assert not wrong
+
+
+def test_a_fault_in_one_layer_of_streams_is_named_at_that_layer() -> None:
+    jax_model, torch_model = pairs.streams()
+    transposed = torch_model.layers[1]
+    replace_forward(transposed, residual_map_transposed)
+    report = bridge.verify(jax_model, torch_model, **pairs.inputs(pairs.streams))
+    assert list(report.faults) == ["layers.1"]
+    compared = {row.path for row in report.rows if row.check == "layer alone: value" and row.ok}
+    assert {"layers.0", "layers.0.branch", "layers.1.branch"} <= {path.rstrip(".") for path in compared}
