@@ -6,7 +6,7 @@ metrics["diagnostics"]["layers"]["entropy"]                # (L,), on the device
 """
 
 from collections.abc import Iterator
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -17,10 +17,11 @@ from jax import lax
 from jax.scipy.special import xlogy
 from jaxtyping import Array, Float
 
-from mhc_jax.nn import MatrixMHCSkip, MHCResNet, MHCSequential, MHCSkip, MHCStack
+from mhc_jax.nn import HyperConnections, MatrixMHCSkip, MHCResNet, MHCSequential, MHCSkip, MHCStack, StreamStack
+from mhc_jax.streams import Maps, StreamConfig, StreamParams, maps
 
 # Outermost first: the skips inside a container are reported by the container, which knows their depth.
-CONNECTIONS = (MHCStack, MHCSequential, MHCResNet, MHCSkip, MatrixMHCSkip)
+CONNECTIONS = (MHCStack, MHCSequential, MHCResNet, MHCSkip, MatrixMHCSkip, StreamStack, HyperConnections)
 
 
 def entropy(weights: Float[Array, "*layers K"]) -> Float[Array, "*layers"]:
@@ -107,6 +108,15 @@ def diagnose(model: nnx.Module, grads: nnx.State) -> dict[str, dict[str, Array]]
         - `logits_grad_norm` (L,): norm of the gradient of each layer's logits;
         - `grad_norm` (L,): norm of the gradient of each layer's parameters, not for a lone skip.
 
+        For hyper-connections, whose maps depend on the token, those of the biases alone, around which the maps of the
+        tokens lie (`mhc_jax.streams.maps` has them, and needs the streams); for L branches, in the order in which
+        a layer holds them, and n streams:
+
+        - `pre`, `post` (L, n), `res` (L, n, n): the weights with which streams are read, written and mixed;
+        - `row_sum_error`, `column_sum_error` (L,): of `res`; `gain_forward`, `gain_backward` (): of all branches;
+        - `alpha` (L, 3): the gates of what depends on the token, not for static maps;
+        - `maps_grad_norm` (L,): norm of the gradient of the maps' parameters, `grad_norm` (L,) of the branch's.
+
     Example:
         >>> from mhc_jax.nn import MHCStack
         >>> stack = MHCStack(lambda rngs: nnx.Linear(4, 4, rngs=rngs), depth=6, init="uniform", rngs=nnx.Rngs(0))
@@ -122,6 +132,12 @@ def diagnose(model: nnx.Module, grads: nnx.State) -> dict[str, dict[str, Array]]
 
 
 def _figures(connection: Any, grads: nnx.State) -> dict[str, Array]:
+    if isinstance(connection, StreamStack):
+        return _stream_figures(connection.layers, grads["layers"])
+    if isinstance(connection, HyperConnections):
+        graph, state = nnx.split(connection)
+        single = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[None], state))
+        return _stream_figures(single, jax.tree.map(lambda leaf: leaf[None], grads))
     weights = jnp.atleast_2d(connection.mixing_weights())
     figures = {"weights": weights, "entropy": entropy(weights), "effective_window": effective_window(weights)}
     if isinstance(connection, MatrixMHCSkip):
@@ -146,6 +162,44 @@ def _figures(connection: Any, grads: nnx.State) -> dict[str, Array]:
     if layers:
         figures["grad_norm"] = jnp.stack([jnp.asarray(optax.global_norm(layer), float) for layer in layers])
     return figures
+
+
+def _stream_figures(layers: nnx.Module, grads: nnx.State) -> dict[str, Array]:
+    """The figures of all hyper-connections of a layer whose variables have a leading axis of depth."""
+    figures = []
+    for path, connection in _hyper_connections(layers):
+        own = reduce(lambda tree, key: tree[key], path, grads)
+        learned = {name: own[name] for name in ("phi", "alpha", "bias") if name in own}
+        found = jax.vmap(partial(_bias_maps, connection.config))(connection.bias[...])._asdict()
+        if connection.alpha is not None:
+            found["alpha"] = connection.alpha[...]
+        found["maps_grad_norm"] = jax.vmap(optax.global_norm)(learned)
+        # The zeros stand for a branch without parameters.
+        found["grad_norm"] = jax.vmap(optax.global_norm)((own.get("branch", {}), jnp.zeros_like(found["pre"])))
+        figures.append(found)
+    # All branches of the first layer, then those of the second.
+    merged = {name: jnp.stack([found[name] for found in figures], 1) for name in figures[0]}
+    merged = {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in merged.items()}
+    merged["row_sum_error"], merged["column_sum_error"] = sum_errors(merged["res"])
+    merged["gain_forward"], merged["gain_backward"] = composite_gain(merged["res"])
+    return merged
+
+
+def _bias_maps(config: StreamConfig, bias: Float[Array, " m"]) -> Maps:
+    return maps(StreamParams(None, None, bias), jnp.zeros((config.streams, 1), bias.dtype), config)
+
+
+def _hyper_connections(module: nnx.Module) -> list[tuple[tuple[Any, ...], HyperConnections]]:
+    """The outermost hyper-connections of a module in the order in which it holds them, and their paths."""
+    if isinstance(module, HyperConnections):
+        return [((), module)]
+    children = enumerate(module) if isinstance(module, nnx.List) else vars(module).items()
+    return [
+        ((name, *path), connection)
+        for name, child in children
+        if isinstance(child, nnx.Module)
+        for path, connection in _hyper_connections(child)
+    ]
 
 
 def connections(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], Any]]:

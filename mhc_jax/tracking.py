@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mhc_jax.diagnostics import connections
-from mhc_jax.nn import MHCResNet, MHCSequential, MHCStack
+from mhc_jax.nn import MHCResNet, MHCSequential, MHCStack, StreamStack
 
 
 class Tracker(Protocol):
@@ -62,14 +62,16 @@ def dashboard(
     for name, figures in jax.device_get(dict(diagnostics)).items():
         path, connection = kinds[name]
         holder = ".".join(map(str, path))
-        for depth, (layer, live) in enumerate(_layers(holder, connection, figures["weights"].shape)):
+        # Hyper-connections have maps in place of weights of past states.
+        shape = figures["weights"].shape if "weights" in figures else (0, 0)
+        for depth, (layer, live) in enumerate(_layers(holder, connection, shape)):
             alpha = figures["weights"][depth, -live:]
             weights[layer] = alpha
             values = {f"alpha_{i}": value for i, value in enumerate(alpha)} | {"entropy": figures["entropy"][depth]}
             values |= {key: figures[key][depth] for key in ("logits_grad_norm", "grad_norm") if key in figures}
             metrics |= {f"{prefix}/{layer}/{key}": float(value) for key, value in values.items()}
         for key in ("gain_forward", "gain_backward"):
-            if key in figures and isinstance(connection, MHCStack | MHCSequential | MHCResNet):
+            if key in figures and isinstance(connection, MHCStack | MHCSequential | MHCResNet | StreamStack):
                 metrics["/".join(filter(None, (prefix, holder, key)))] = float(figures[key])
     return metrics, weights
 

@@ -9,9 +9,11 @@ from flax import nnx
 
 from mhc_jax import diagnostics
 from mhc_jax.checks import report_nonfinite
-from mhc_jax.nn import MatrixMHCSkip, MHCResNet, MHCSequential, MHCStack
+from mhc_jax.nn import HyperConnections, MatrixMHCSkip, MHCResNet, MHCSequential, MHCStack, MHCTransformer
 from mhc_jax.sharding import data_mesh, fully_sharded, replicated, shard_batch
+from mhc_jax.tracking import dashboard
 from mhc_jax.training import TrainState, make_train_step
+from tests import streams_reference
 
 WIDTH = 16
 
@@ -129,6 +131,57 @@ def test_diagnostics_find_all_kinds_of_connections_at_any_depth():
     np.testing.assert_allclose(report["matrix"]["column_sum_error"], 0.0, atol=1e-6)
     assert report["resnet"]["grad_norm"].shape == (2,)
     assert jax.tree.all(jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), report))
+
+
+def test_diagnostics_of_stream_networks():
+    model = MHCTransformer(
+        8,
+        features=6,
+        num_heads=2,
+        depth=3,
+        max_length=4,
+        connection="streams",
+        streams=3,
+        iterations=4,
+        rngs=nnx.Rngs(0),
+    )
+    rng = np.random.default_rng(0)
+    layers = model.stack.layers
+    for connection in (layers.attention, layers.mlp):
+        connection.bias.set_value(jnp.asarray(rng.normal(size=connection.bias.shape), jnp.float32))
+    grads = nnx.jit(nnx.grad(lambda model: jnp.mean(model(jnp.ones((1, 4), int)) ** 2)))(model)
+    report = nnx.jit(diagnostics.diagnose)(model, grads)
+    assert set(report) == {"stack"}
+    figures = report["stack"]
+
+    product = np.eye(3)
+    for branch in range(6):
+        connection = (layers.attention, layers.mlp)[branch % 2]
+        bias = np.asarray(connection.bias[branch // 2], np.float64)
+        pre, post, res = streams_reference.maps(None, None, bias, np.zeros((3, 6)), iterations=4)
+        for name, expected in {"pre": pre, "post": post, "res": res, "alpha": connection.alpha[branch // 2]}.items():
+            np.testing.assert_allclose(figures[name][branch], expected, rtol=1e-5)
+        np.testing.assert_allclose(figures["row_sum_error"][branch], np.abs(res.sum(1) - 1).max(), atol=1e-6)
+        np.testing.assert_allclose(figures["column_sum_error"][branch], np.abs(res.sum(0) - 1).max(), atol=1e-6)
+        product = res @ product
+        own = grads["stack"]["layers"][("attention", "mlp")[branch % 2]]
+        squares = {name: np.sum(np.square(own[name][branch // 2])) for name in ("phi", "alpha", "bias")}
+        np.testing.assert_allclose(figures["maps_grad_norm"][branch], np.sqrt(sum(squares.values())), rtol=1e-4)
+        leaves = [np.sum(np.square(leaf[branch // 2])) for leaf in jax.tree.leaves(own["branch"])]
+        np.testing.assert_allclose(figures["grad_norm"][branch], np.sqrt(sum(leaves)), rtol=1e-4)
+    np.testing.assert_allclose(figures["gain_forward"], np.abs(product).sum(1).max(), rtol=1e-4)
+    np.testing.assert_allclose(figures["gain_backward"], np.abs(product).sum(0).max(), rtol=1e-4)
+    assert set(dashboard(model, report)[0]) == {"mhc/stack/gain_forward", "mhc/stack/gain_backward"}
+
+
+def test_a_lone_hyper_connection_is_a_stack_of_one():
+    layer = HyperConnections(jnp.tanh, 6, streams=2, dynamic=False)
+    grads = nnx.jit(nnx.grad(lambda layer: layer(jnp.ones((3, 2, 6))).sum()))(layer)
+    figures = nnx.jit(diagnostics.diagnose)(layer, grads)["model"]
+    assert figures["res"].shape == (1, 2, 2)
+    assert figures["grad_norm"] == 0  # the branch has no parameters
+    np.testing.assert_allclose(figures["maps_grad_norm"], np.linalg.norm(grads["bias"][...]), rtol=1e-5)
+    assert "alpha" not in figures
 
 
 def test_composite_gain_is_that_of_the_product():
