@@ -1,7 +1,7 @@
 """MHCSequential: a stack of branches whose outputs are mixed with the stack's own past states."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from mhc_torch.config import resolve_config
 from mhc_torch.layers.compatible import mhc_compatible
 from mhc_torch.layers.history_buffer import HistoryBuffer
 from mhc_torch.layers.mhc_skip import MHCSkip
+from mhc_torch.layers.tape import Tape
 
 
 @mhc_compatible
@@ -85,32 +86,33 @@ class MHCSequential(nn.Module):
         if self.clear_history_each_forward:
             history.clear()
         history.append(x)
-        layers = zip(self.wrapped_modules, self.skip_layers, self._coefficients(len(history)), strict=True)
-        for module, skip, coefficients in layers:
+        tape = self._tape(x)
+        for module, skip in zip(self.wrapped_modules, self.skip_layers, strict=True):
             if self.use_checkpointing and torch.is_grad_enabled():
                 branch = checkpoint(module, x, use_reentrant=False)
             else:
                 branch = module(x)
-            x = skip(branch, history.get(), coefficients)
+            x = skip(branch, history.get(), tape)
             history.append(x)
         if self.clear_history_each_forward:
             history.clear()
         return x
 
-    def _coefficients(self, states: int) -> Sequence[Sequence[Float[Tensor, ""]] | None]:
-        """Project the logits of all layers at once; the first layer sees `states` states, each further one one more.
+    def _tape(self, x: Float[Tensor, "*shape"]) -> Tape | None:
+        """The logits of all layers, projected at once; the first layer sees the history as it is, each next one more.
 
-        None for every layer where they cannot be: skips that no longer share their settings project for themselves.
+        None where they cannot be: skips that no longer share their settings project for themselves.
         """
         skips: list[Any] = list(self.skip_layers)
         first = skips[0] if skips else None
         if first is None or first.mode == "residual" or any(skip.config is not first.config for skip in skips):
-            return [None] * len(skips)
+            return None
+        states = len(self.history_buffer)
         logits = torch.stack([skip.mixing_logits for skip in skips])
         window = logits.shape[1]
         live = torch.arange(states, states + len(skips), device=logits.device)[:, None]
         dead = torch.arange(window, 0, -1, device=logits.device) > live
         gate_logits = torch.stack([skip.gate_logit for skip in skips]) if first.use_gating else None
-        weights = first.coefficients(logits.masked_fill(dead, -math.inf), gate_logits).flatten().unbind()
-        ends = range(window, len(weights) + 1, window)
-        return [weights[end - min(states + depth, window) : end] for depth, end in enumerate(ends)]
+        weights = first.coefficients(logits.masked_fill(dead, -math.inf), gate_logits)
+        # Tensors that are kept without their graph get no gradient to share.
+        return Tape(x, weights, alone=states == 1 and not self.history_buffer.detach_history)

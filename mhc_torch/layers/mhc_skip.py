@@ -11,6 +11,7 @@ from mhc_torch.constraints import project_identity_preserving, project_simplex, 
 from mhc_torch.layers.compatible import mhc_compatible
 from mhc_torch.layers.mixing import check_window, mix
 from mhc_torch.layers.projection import HistoryProjection
+from mhc_torch.layers.tape import Tape
 
 
 @mhc_compatible
@@ -137,14 +138,14 @@ class MHCSkip(nn.Module):
         self,
         x: Float[Tensor, "*shape"],
         history: Sequence[Float[Tensor, "*shape"]],
-        coefficients: Sequence[Float[Tensor, ""]] | None = None,
+        tape: Tape | None = None,
     ) -> Float[Tensor, "*shape"]:
         """Add the mixed history to the branch output `x`.
 
         Args:
             x: output of the branch.
             history: past states, oldest first; the last `max_history` are used. With none, the output equals `x`.
-            coefficients: one per live state, where a container has projected all its layers at once.
+            tape: mixes in place of this layer, where a container has projected the logits of all its layers at once.
 
         Raises:
             ValueError: shapes or devices of the states differ from those of x, and auto_project does not help.
@@ -162,9 +163,9 @@ class MHCSkip(nn.Module):
         if self.mode == "residual":
             check_window(window, x)
             return x + window[0]
-        if coefficients is None:
-            coefficients = self.coefficients(self.mixing_logits[-len(window) :], gate_logit).unbind()
-        return mix(x, window, coefficients)
+        if tape is not None:
+            return tape.mix(x, window)
+        return mix(x, window, self.coefficients(self.mixing_logits[-len(window) :], gate_logit).unbind())
 
     def extra_repr(self) -> str:
         shown = f"mode={self.mode!r}, max_history={self.max_history}"

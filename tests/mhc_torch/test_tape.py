@@ -1,0 +1,137 @@
+"""Derivatives of MHCSequential, whose layers share their work, against the same sums left to autograd."""
+
+import pytest
+import torch
+from torch import nn
+
+from mhc_torch import MHCSequential
+from tests.mhc_torch.test_layers import stack_of
+
+F64 = torch.float64
+
+
+def plain_states(stack, x):
+    """All states, as a differentiable loop over the formula."""
+    window = stack.skip_layers[0].max_history
+    states = [x]
+    for module, skip in zip(stack.wrapped_modules, stack.skip_layers, strict=True):
+        live = states[-window:]
+        weights = torch.softmax(skip.mixing_logits[-len(live) :], 0)
+        states.append(module(states[-1]) + sum(w * state for w, state in zip(weights, live, strict=True)))
+    return states
+
+
+def states_of(stack, x):
+    """All states of one forward of the stack itself."""
+    states = [x]
+    handles = [skip.register_forward_hook(lambda *call: states.append(call[2])) for skip in stack.skip_layers]
+    stack(x)
+    for handle in handles:
+        handle.remove()
+    return states
+
+
+def leaf(*shape):
+    return torch.randn(*shape, dtype=F64, requires_grad=True)
+
+
+@pytest.mark.parametrize(("depth", "max_history"), [(1, 4), (2, 4), (7, 1), (7, 3), (9, 4)])
+def test_gradients_at_any_depth_and_window(depth, max_history):
+    stack, x = stack_of(depth, max_history=max_history), leaf(2, 3)
+    leaves = [x, *stack.parameters()]
+    ours = torch.autograd.grad(stack(x).square().sum(), leaves)
+    loss = plain_states(stack, x)[-1].square().sum()
+    torch.testing.assert_close(ours, torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+
+
+def test_a_loss_on_states_in_the_middle():
+    stack, x = stack_of(7, max_history=3), leaf(2, 3)
+
+    def loss(states):
+        return states[3].square().sum() + states[6].sin().sum()  # the last layer has no part in it
+
+    leaves = [x, *(p for i in range(6) for p in (*stack.wrapped_modules[i].parameters(), stack.skip_layers[i].logits))]
+    ours = torch.autograd.grad(loss(states_of(stack, x)), leaves)
+    torch.testing.assert_close(ours, torch.autograd.grad(loss(plain_states(stack, x)), leaves))
+
+
+def test_one_graph_serves_several_passes():
+    stack, x = stack_of(6, max_history=3), leaf(2, 3)
+    states, plain = states_of(stack, x), plain_states(stack, x)
+    leaves = [x, stack.skip_layers[1].logits, stack.wrapped_modules[2][0].weight]
+    for at in (6, 4, 6):  # a pass that starts further down must not meet what an earlier one left
+        ours = torch.autograd.grad(states[at].square().sum(), leaves, retain_graph=True)
+        expected = torch.autograd.grad(plain[at].square().sum(), leaves, retain_graph=True)
+        torch.testing.assert_close(ours, expected)
+    only = torch.autograd.grad(states[-1].sum(), stack.wrapped_modules[3][0].weight)
+    torch.testing.assert_close(only, torch.autograd.grad(plain[-1].sum(), stack.wrapped_modules[3][0].weight))
+
+
+def test_second_derivatives_of_everything():
+    stack, x = stack_of(5, max_history=3), leaf(2, 3)
+    names, values = zip(*stack.named_parameters(), strict=True)
+
+    def output(x, *values):
+        return torch.func.functional_call(stack, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradgradcheck(output, (x, *values))
+
+
+def test_a_batch_of_cotangents():
+    stack, x = stack_of(5, max_history=3), leaf(2, 3)
+    rows = torch.eye(6, dtype=F64).reshape(6, 2, 3)
+    leaves = [x, stack.skip_layers[2].logits]
+    ours = torch.autograd.grad(stack(x), leaves, rows, is_grads_batched=True)
+    expected = torch.autograd.grad(plain_states(stack, x)[-1], leaves, rows, is_grads_batched=True)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("change", ["replace", "detach"])
+def test_a_hook_may_put_another_state_in_place(change):
+    stack, x = stack_of(6, max_history=3), leaf(2, 3)
+
+    def changed(y):
+        return 2 * y if change == "replace" else y.detach()
+
+    stack.skip_layers[2].register_forward_hook(lambda skip, args, y: changed(y))
+    states = [x]
+    for index, (module, skip) in enumerate(zip(stack.wrapped_modules, stack.skip_layers, strict=True)):
+        live = states[-3:]
+        weights = torch.softmax(skip.mixing_logits[-len(live) :], 0)
+        y = module(states[-1]) + sum(w * state for w, state in zip(weights, live, strict=True))
+        states.append(changed(y) if index == 2 else y)
+    leaves = [x, *stack.parameters()]
+    ours = torch.autograd.grad(stack(x).square().sum(), leaves, allow_unused=True, materialize_grads=True)
+    expected = torch.autograd.grad(states[-1].square().sum(), leaves, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("frozen", ["logits", "some logits", "first layers", "branches"])
+def test_frozen_parts(frozen):
+    stack, x = stack_of(6, max_history=3), torch.randn(2, 3, dtype=F64)
+    for name, parameter in stack.named_parameters():
+        layer = int(name.split(".")[1])
+        parameter.requires_grad_(
+            {
+                "logits": "logits" not in name,
+                "some logits": "logits" not in name or layer % 2 == 0,
+                "first layers": layer >= 3,
+                "branches": "logits" in name,
+            }[frozen]
+        )
+    # The first layer's only state has weight 1, whatever its logit.
+    leaves = [p for n, p in stack.named_parameters() if p.requires_grad and n != "skip_layers.0.mixing_logits"]
+    ours = torch.autograd.grad(stack(x).square().sum(), leaves)
+    torch.testing.assert_close(ours, torch.autograd.grad(plain_states(stack, x)[-1].square().sum(), leaves))
+
+
+def test_states_of_any_memory_layout_keep_it():
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(3, 3, 3, padding=1) for _ in range(5)]
+    stack = MHCSequential(convolutions, max_history=3).to(F64, memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 4, 5, dtype=F64).to(memory_format=torch.channels_last).requires_grad_()
+    y = stack(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    leaves = [x, *(skip.logits for skip in stack.skip_layers[1:]), convolutions[0].weight]
+    expected = torch.autograd.grad(plain_states(stack, x)[-1].square().sum(), leaves)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), leaves), expected)
