@@ -72,6 +72,15 @@ from mhc_torch import MHCSequential, plot_mixing_weights
 assert MHCSequential([torch.nn.Linear(4, 4) for _ in range(3)])(torch.ones(2, 4)).shape == (2, 4)
 print(mhc_torch.__file__)
 """
+TRACKING_PROGRAM = """
+import lightning, mhc_torch, pytorch_lightning
+from mhc_torch.tracking import start_logging
+with start_logging("run", "project", "tensorboard"):
+    for package in (lightning, pytorch_lightning):
+        trainer = package.Trainer(accelerator="cpu", logger=False)
+        assert "AttachExperiment" in [type(callback).__name__ for callback in trainer.callbacks]
+print(mhc_torch.__file__)
+"""
 
 
 @pytest.mark.parametrize(
@@ -79,6 +88,7 @@ print(mhc_torch.__file__)
     [
         pytest.param(JAX_PROGRAM, "torch,lightning,pytorch_lightning,mhc_torch,bridge", id="mhc_jax without torch"),
         pytest.param(TORCH_PROGRAM, "jax,jaxlib,flax,optax,orbax,chex,mhc_jax,bridge", id="mhc_torch without jax"),
+        pytest.param(TRACKING_PROGRAM, "jax,jaxlib,flax,optax,orbax,chex,mhc_jax,bridge", id="entry points"),
     ],
 )
 def test_each_front_end_works_without_the_other_framework(

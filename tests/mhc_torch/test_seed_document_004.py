@@ -4,6 +4,7 @@ Filled in is only what the document leaves open: models, data, metrics, an end t
 """
 # The documents have a style of their own.
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,13 @@ def tracked(experiment):
     return readers.tensorboard(Path("runs/tensorboard", experiment.project, experiment.name, "version_0"))[0]
 
 
+@pytest.fixture
+def _database(tmp_path, mlflow_database):
+    (tmp_path / "runs").mkdir()
+    shutil.copy(mlflow_database, tmp_path / "runs")
+
+
+@pytest.mark.usefixtures("_database")
 def test_basic_usage(tmp_path):
     train_dataloader, val_dataloader = loader(3), loader(2)
     # fmt: off
@@ -126,6 +134,7 @@ def test_basic_usage(tmp_path):
     assert {"system/cpu_percent", "system/memory_percent"} <= scalars.keys()
 
 
+@pytest.mark.usefixtures("_database")
 def test_advanced_configuration(tmp_path):
     # fmt: off
     # Configure Lightning-specific tracking

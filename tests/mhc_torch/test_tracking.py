@@ -17,7 +17,7 @@ import psutil
 import pytest
 import pytorch_lightning
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger
 
@@ -50,16 +50,12 @@ def _one_at_a_time():
 
 
 @pytest.fixture(scope="module")
-def new_folder(tmp_path_factory):
-    """Makes folders with an empty MLflow database in them, whose tables take seconds to make."""
-    from mlflow.tracking import MlflowClient
-
-    template = tmp_path_factory.mktemp("database") / "mlflow.db"
-    MlflowClient(f"sqlite:///{template}").search_experiments()
+def new_folder(tmp_path_factory, mlflow_database):
+    """Makes folders with an empty MLflow database in them."""
 
     def make() -> Path:
         folder = tmp_path_factory.mktemp("runs")
-        shutil.copy(template, folder)
+        shutil.copy(mlflow_database, folder)
         return folder
 
     return make
@@ -220,7 +216,8 @@ records = st.lists(
 )
 
 
-@settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow])
+# Failures are not made smaller, since every try starts five backends.
+@settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow], phases=[Phase.generate])
 @given(metrics=records, first=st.integers(0, 10**6))
 def test_nothing_is_lost_at_stop(new_folder, metrics, first):
     folder = new_folder()
