@@ -22,7 +22,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 MAX_STREAMS = 16
 _MAX_PERMUTED = 6  # 6! = 720 logits a token; 7! = 5040 would outgrow the streams themselves
@@ -271,6 +270,26 @@ def _sinkhorn_grad(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
 _sinkhorn.register_autograd(_sinkhorn_grad, setup_context=_sinkhorn_save)
 
 
+def _sinkhorn_backward_save(ctx: Any, inputs: tuple[Tensor, Tensor, int, float], output: Tensor) -> None:
+    logits, cotangent, ctx.iterations, ctx.epsilon = inputs
+    ctx.save_for_backward(logits, cotangent)
+
+
+def _sinkhorn_backward_grad(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    """The second derivative is rarely asked for, and is that of the plain iterations."""
+    with torch.enable_grad():
+        logits, first = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+        _, matrix = _sinkhorn_start(logits, ctx.epsilon)
+        for _ in range(ctx.iterations - 1):
+            matrix = matrix / (matrix.sum(0, keepdim=True) + ctx.epsilon)
+            matrix = matrix / (matrix.sum(1, keepdim=True) + ctx.epsilon)
+        (gradient,) = torch.autograd.grad(matrix, logits, first, create_graph=True)
+    return *torch.autograd.grad(gradient, (logits, first), cotangent), None, None
+
+
+_sinkhorn_backward.register_autograd(_sinkhorn_backward_grad, setup_context=_sinkhorn_backward_save)
+
+
 def _sinkhorn_start(logits: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """The column softmax, and what the first row normalization makes of it."""
     log_columns = torch.log_softmax(logits, 0)
@@ -312,24 +331,29 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, phi: Tensor, epsilon: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        # A norm, squared again, is one pass; a mean of squares would write the squares.
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse_rms = torch.rsqrt(norm.square() / phi.shape[0] + epsilon)
-        result = wide @ phi.to(wide.dtype) * inverse_rms
-        ctx.save_for_backward(x, phi, result, inverse_rms)
+        result = wide @ phi.to(wide.dtype) * _inverse_rms(wide, epsilon)
+        ctx.save_for_backward(x, phi, result)
+        ctx.epsilon = epsilon
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, phi, result, inverse_rms = ctx.saved_tensors
+        x, phi, result = ctx.saved_tensors
+        wide = x.to(cotangent.dtype)
+        inverse_rms = _inverse_rms(wide, ctx.epsilon)
         d_raw = (cotangent * inverse_rms).flatten(0, -2)
         radial = (cotangent * result).sum(-1, keepdim=True) * inverse_rms.square() / phi.shape[0]
-        wide = x.to(cotangent.dtype).flatten(0, -2)
+        wide = wide.flatten(0, -2)
         # Transposed on the way: the tall result (nC, m) directly is the slow side of a CPU's matrix product.
         d_phi = (d_raw.T @ wide).T
         d_x = (wide * radial.flatten(0, -2)).addmm_(d_raw, phi.to(d_raw.dtype).T, beta=-1)
         return d_x.reshape(x.shape).to(x.dtype), d_phi.to(phi.dtype), None
+
+
+def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
+    # A norm, squared again, is one pass; a mean of squares would write the squares.
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.rsqrt(norm.square() / x.shape[-1] + epsilon)
 
 
 class _Collapse(torch.autograd.Function):
@@ -341,7 +365,6 @@ class _Collapse(torch.autograd.Function):
         return torch.bmm(pre[:, None], streams.to(pre.dtype))[:, 0].to(streams.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         pre, streams = ctx.saved_tensors
         d = cotangent.to(pre.dtype)[:, None]
@@ -358,7 +381,6 @@ class _Write(torch.autograd.Function):
         return _add_product(mixed, res, streams.to(res.dtype)).to(streams.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         streams, output, post, res = ctx.saved_tensors
         d = cotangent.to(res.dtype).contiguous()

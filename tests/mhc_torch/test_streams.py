@@ -60,6 +60,18 @@ def test_gradients_agree_with_finite_differences(config):
     assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
 
 
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_second_derivatives_agree_with_finite_differences(constraint):
+    layer = random_layer(StreamConfig(2, constraint, iterations=3, epsilon=1e-3), width=2)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    x = torch.randn(2, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def run(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), x)
+
+    assert torch.autograd.gradgradcheck(run, (x, *parameters), fast_mode=True)
+
+
 @pytest.mark.parametrize("n", [1, 2, 4, 5])
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_a_new_network_is_the_residual_network(n, constraint):
