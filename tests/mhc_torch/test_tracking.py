@@ -499,3 +499,9 @@ for backend, module in {packages}.items():
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     for line, backend in zip(done.stdout.splitlines(), packages, strict=True):
         assert f"pip install 'mhc-jax[{backend}]'" in line
+
+
+def test_without_lightning_the_extra_is_named_too():
+    code = "import sys; sys.modules['lightning'] = None; import mhc_torch.tracking"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install 'mhc-jax[lightning]'" in done.stderr
