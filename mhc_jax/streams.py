@@ -469,7 +469,9 @@ def optimal_block_length(streams: int, depth: int) -> int:
 
 
 def expand(x: Float[Array, "*tokens C"], streams: int) -> Float[Array, "*tokens n C"]:
-    """n copies of x. Once, before the first layer."""
+    """n copies of x. Once, before the first layer. A ValueError if `streams`, n, is below 1."""
+    if streams < 1:
+        raise ValueError(f"streams must be at least 1, got {streams}")
     return jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], streams, x.shape[-1]))
 
 
@@ -489,7 +491,12 @@ def init_head_params(config: StreamConfig, width: int, dtype: Any = jnp.float32)
 
 
 def head(params: HeadParams, streams: Float[Array, "*tokens n C"], config: StreamConfig) -> Float[Array, "*tokens C"]:
-    """Learned reduction of the streams by a map like H_pre, as DeepSeek-V4 ends (`DeepseekV4HyperHead`)."""
+    """Learned reduction of the streams by a map like H_pre, as DeepSeek-V4 ends (`DeepseekV4HyperHead`).
+
+    Raises:
+        ValueError, TypeError: as `read`.
+    """
+    _check_streams(params.phi, streams, config, config.streams)
     raw, inverse_rms = _project(params.phi, streams, config)
     pre = jax.nn.sigmoid(params.alpha * raw * inverse_rms + params.bias) + config.epsilon
     return _collapse(pre, streams)
@@ -501,6 +508,12 @@ def _check_implementation(implementation: Implementation) -> None:
 
 
 def _check(params: StreamParams, streams: Array, config: StreamConfig) -> None:
+    _check_streams(params.phi, streams, config, config.logits)
+    if params.bias.shape != (config.logits,):
+        raise ValueError(f"bias must have shape {(config.logits,)}, got {params.bias.shape}")
+
+
+def _check_streams(phi: Array | None, streams: Array, config: StreamConfig, columns: int) -> None:
     if not jnp.issubdtype(streams.dtype, jnp.floating):
         raise TypeError(f"streams must have a floating dtype, got {streams.dtype}")
     if streams.ndim < 2 or streams.shape[-2] != config.streams:
@@ -509,7 +522,5 @@ def _check(params: StreamParams, streams: Array, config: StreamConfig) -> None:
             "expand the network's input once, before the first layer"
         )
     features = config.streams * streams.shape[-1]
-    if params.phi is not None and params.phi.shape != (features, config.logits):
-        raise ValueError(f"phi must have shape {(features, config.logits)}, got {params.phi.shape}")
-    if params.bias.shape != (config.logits,):
-        raise ValueError(f"bias must have shape {(config.logits,)}, got {params.bias.shape}")
+    if phi is not None and phi.shape != (features, columns):
+        raise ValueError(f"phi must have shape {(features, columns)}, got {phi.shape}")

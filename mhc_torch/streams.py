@@ -137,7 +137,9 @@ def maps(
         ValueError: if `streams` has not n streams, or its width is not that of phi.
         TypeError: if `streams` is not of a floating dtype.
     """
-    _check(phi, bias, streams, config)
+    check_streams(phi, streams, config, config.logits)
+    if bias.shape != (config.logits,):
+        raise ValueError(f"bias must have shape {(config.logits,)}, got {tuple(bias.shape)}")
     with torch.autocast(streams.device.type, enabled=False):
         dtype = torch.promote_types(streams.dtype, torch.float32)
         if phi is None or alpha is None:
@@ -439,7 +441,9 @@ def write(
 
 
 def expand(x: Float[Tensor, "*tokens C"], streams: int) -> Float[Tensor, "*tokens n C"]:
-    """n copies of x. Once, before the first layer."""
+    """n copies of x. Once, before the first layer. A ValueError if `streams`, n, is below 1."""
+    if streams < 1:
+        raise ValueError(f"streams must be at least 1, got {streams}")
     # Copies and not views of one: products of batches run one by one for matrices whose rows share their memory.
     return x[..., None, :].expand(*x.shape[:-1], streams, x.shape[-1]).contiguous()
 
@@ -451,7 +455,13 @@ def reduce(streams: Float[Tensor, "*tokens n C"], how: Literal["mean", "sum"] = 
     return streams.mean(-2) if how == "mean" else streams.sum(-2)
 
 
-def _check(phi: Tensor | None, bias: Tensor, streams: Tensor, config: StreamConfig) -> None:
+def check_streams(phi: Tensor | None, streams: Tensor, config: StreamConfig, columns: int) -> None:
+    """That `streams` are n floating-point ones, and `phi` a projection of them to so many columns.
+
+    Raises:
+        ValueError: if `streams` has not n streams, or its width is not that of phi.
+        TypeError: if `streams` is not of a floating dtype.
+    """
     if not streams.is_floating_point():
         raise TypeError(f"streams must have a floating dtype, got {streams.dtype}")
     if streams.ndim < 2 or streams.shape[-2] != config.streams:
@@ -460,7 +470,5 @@ def _check(phi: Tensor | None, bias: Tensor, streams: Tensor, config: StreamConf
             "expand the network's input once, before the first layer"
         )
     features = config.streams * streams.shape[-1]
-    if phi is not None and phi.shape != (features, config.logits):
-        raise ValueError(f"phi must have shape {(features, config.logits)}, got {tuple(phi.shape)}")
-    if bias.shape != (config.logits,):
-        raise ValueError(f"bias must have shape {(config.logits,)}, got {tuple(bias.shape)}")
+    if phi is not None and phi.shape != (features, columns):
+        raise ValueError(f"phi must have shape {(features, columns)}, got {tuple(phi.shape)}")

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mhc_torch.streams import StreamConfig, collapse, expand, initial_bias, maps, project, reduce, write
+from mhc_torch.streams import StreamConfig, check_streams, collapse, expand, initial_bias, maps, project, reduce, write
 
 
 class HyperConnections(nn.Module):
@@ -93,6 +93,7 @@ class StreamHead(nn.Module):
         self.bias = nn.Parameter(torch.full((n,), 16.0 if n == 1 else -math.log(n - 1)))
 
     def forward(self, streams: Float[Tensor, "*tokens n C"]) -> Float[Tensor, "*tokens C"]:
+        check_streams(self.phi, streams, self.config, self.config.streams)
         with torch.autocast(streams.device.type, enabled=False):
             dynamic = project(streams, self.phi, self.config.norm_epsilon)
             pre = torch.sigmoid(self.alpha * dynamic + self.bias) + self.config.epsilon

@@ -198,5 +198,12 @@ def test_bad_input_is_refused():
         streams.wrap(lambda h: h.astype(jnp.bfloat16), config)(params, x)
     with pytest.raises(ValueError, match="how must be 'mean' or 'sum', got 'max'"):
         streams.reduce(x, "max")
+    with pytest.raises(ValueError, match="streams must be at least 1, got 0"):
+        streams.expand(x, 0)
+    head = streams.init_head_params(config, 8)
+    with pytest.raises(ValueError, match=r"streams must have shape \(..., 4, width\), got \(3, 2, 16\)"):
+        streams.head(head, jnp.ones((3, 2, 16)), config)
+    with pytest.raises(ValueError, match=r"phi must have shape \(36, 4\), got \(32, 4\)"):
+        streams.head(head, jnp.ones((3, 4, 9)), config)
     with pytest.raises(ValueError, match="width must be at least 1, got 0"):
         streams.init_params(config, 0)
