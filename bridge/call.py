@@ -33,6 +33,7 @@ class _Program:
         self.function = function
         self.specs = list(specs)
         self.results = jax.eval_shape(function, *specs)
+        self.floating = [i for i, r in enumerate(self.results) if jnp.issubdtype(r.dtype, jnp.inexact)]
         self.run = jax.jit(function)
         self.derivatives: dict[tuple[int, ...], int] = {}
         self.index = len(self.known)
@@ -41,7 +42,6 @@ class _Program:
     def derivative(self, wanted: tuple[int, ...]) -> int:
         """The program (arguments, cotangents of the floating-point results) -> gradients of the wanted arguments."""
         if wanted not in self.derivatives:
-            floating = [i for i, r in enumerate(self.results) if jnp.issubdtype(r.dtype, jnp.inexact)]
 
             def pullback(*arrays: jax.Array) -> Sequence[jax.Array]:
                 inputs, cotangents = list(arrays[: len(self.specs)]), arrays[len(self.specs) :]
@@ -50,11 +50,11 @@ class _Program:
                     for place, array in zip(wanted, values, strict=True):
                         inputs[place] = array
                     results = self.function(*inputs)
-                    return [results[i] for i in floating]
+                    return [results[i] for i in self.floating]
 
                 return jax.vjp(of_wanted, *(inputs[i] for i in wanted))[1](list(cotangents))
 
-            specs = [*self.specs, *(self.results[i] for i in floating)]
+            specs = [*self.specs, *(self.results[i] for i in self.floating)]
             self.derivatives[wanted] = _Program(pullback, specs).index
         return self.derivatives[wanted]
 
@@ -103,20 +103,48 @@ def _keep(ctx: Any, inputs: tuple[list[Tensor], int], output: list[Tensor]) -> N
 
 
 def _pull_back(ctx: Any, cotangents: list[Tensor]) -> tuple[list[Tensor | None], None]:
-    arguments = ctx.saved_tensors
-    wanted = tuple(i for i, needed in enumerate(ctx.needs_input_grad[0]) if needed)
-    program = _Program.known[ctx.program]
-    floating = [c for c, r in zip(cotangents, program.results, strict=True) if jnp.issubdtype(r.dtype, jnp.inexact)]
-    # The dispatcher takes half the time of a small call, and is needed for tracing and second derivatives only.
-    plain = not torch.is_grad_enabled() and all(type(c) is Tensor for c in cotangents)
-    found = (_run if plain else _call_jax)([*arguments, *floating], program.derivative(wanted))
-    gradients: list[Tensor | None] = [None] * len(arguments)
-    for place, gradient in zip(wanted, found, strict=True):
-        gradients[place] = gradient
-    return gradients, None
+    return _gradients(ctx.program, ctx.saved_tensors, ctx.needs_input_grad[0], cotangents), None
 
 
 _call_jax.register_autograd(_pull_back, setup_context=_keep)
+
+
+class _Eager(torch.autograd.Function):
+    """The same op for plain tensors, around PyTorch's dispatcher, which takes half the time of a small call."""
+
+    @staticmethod
+    def forward(program: int, *arguments: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_run(list(arguments), program))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.program, *arguments = inputs
+        ctx.save_for_backward(*arguments)
+        floating = _Program.known[ctx.program].floating
+        if len(floating) < len(output):
+            ctx.mark_non_differentiable(*(result for i, result in enumerate(output) if i not in floating))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_gradients(ctx.program, ctx.saved_tensors, ctx.needs_input_grad[1:], cotangents)
+
+
+def _call(arguments: Sequence[Tensor], program: int) -> Sequence[Tensor]:
+    if torch.compiler.is_compiling() or not all(type(a) is Tensor or type(a) is nn.Parameter for a in arguments):
+        return _call_jax(list(arguments), program)
+    return _Eager.apply(program, *arguments)
+
+
+def _gradients(
+    index: int, arguments: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor]
+) -> list[Tensor | None]:
+    program = _Program.known[index]
+    wanted = tuple(i for i, is_needed in enumerate(needed) if is_needed)
+    floating = [cotangents[i] for i in program.floating]
+    gradients: list[Tensor | None] = [None] * len(arguments)
+    for place, gradient in zip(wanted, _call([*arguments, *floating], program.derivative(wanted)), strict=True):
+        gradients[place] = gradient
+    return gradients
 
 
 class JaxFunction:
@@ -164,7 +192,7 @@ class JaxFunction:
         structure = _flatten((args, kwargs), tensors)
         signature = tuple([(tuple(t.shape), t.dtype) for t in tensors])
         program, results = _prepare(self.index, structure, signature)
-        return _unflatten(results, iter(_call_jax(tensors, program)))
+        return _unflatten(results, iter(_call(tensors, program)))
 
 
 _prepared: dict[Hashable, tuple[int, _Structure]] = {}

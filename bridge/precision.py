@@ -1,6 +1,7 @@
-"""In which floating-point types a program computes: one in float64 may hold steps that are fixed to float32."""
+"""In which precision a program computes: float64 may hold steps that are fixed to float32, float32 products be TF32."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -18,6 +19,26 @@ def epsilon(dtype: Any) -> float:
     """Distance from 1 to the next number of a floating-point dtype of any of the three libraries; 0 for integers."""
     dtype = numpy_dtype(dtype_name(dtype)) if isinstance(dtype, torch.dtype) else np.dtype(dtype)
     return float(ml_dtypes.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0
+
+
+def matmul_settings() -> str:
+    """What the user has set for products of float32 matrices, which accelerators shorten to TF32 or bfloat16."""
+    return (
+        f"jax {jax.config.values['jax_default_matmul_precision'] or 'default'}, "
+        f"torch {torch.get_float32_matmul_precision()}, TF32 in cuDNN {torch.backends.cudnn.allow_tf32}"
+    )
+
+
+@contextmanager
+def full_matmul_precision() -> Iterator[None]:
+    """While the context lasts, products of float32 matrices are products in float32, in both frameworks."""
+    before = torch.get_float32_matmul_precision()
+    with jax.default_matmul_precision("highest"), torch.backends.cudnn.flags(enabled=None, allow_tf32=False):
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def jax_precision(function: Callable[..., Any], *args: Any) -> float:

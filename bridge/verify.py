@@ -20,7 +20,7 @@ from bridge.layers import Layers
 from bridge.match import match
 from bridge.metrics import compare, difference, kl_divergence, top_k_agreement
 from bridge.objective import Task, Training, amplification, default_optimizer, torch_names, train_jax, train_torch
-from bridge.precision import epsilon
+from bridge.precision import epsilon, full_matmul_precision, matmul_settings
 from bridge.record import AMPLITUDES, Noise, floats, jax_float64, leaf_values
 from bridge.report import Report, Row
 
@@ -40,7 +40,8 @@ def verify(
 ) -> Report:
     """Compares two models of the same structure: weights, every layer, gradients and training steps.
 
-    Neither model is changed. Dropout and other noise is off, batch statistics are tried in both modes.
+    Neither model is changed. Dropout and other noise is off, batch statistics are tried in both modes, and products of
+    float32 matrices are taken in float32, whatever the frameworks are set to (TF32, bfloat16).
 
     Args:
         jax_model, torch_model: models that `bridge.convert` could convert into each other.
@@ -69,7 +70,9 @@ def verify(
     jax_args = _as_inputs(inputs, "inputs")
     torch_args = jax_args if torch_inputs is None else _as_inputs(torch_inputs, "torch_inputs")
     run = _Verification(jax_model, torch_model, jax_args, torch_args, seed)
-    return run.report(loss, optimizer or default_optimizer(), steps)
+    header = _header(torch_model, seed)
+    with full_matmul_precision():
+        return run.report(header, loss, optimizer or default_optimizer(), steps)
 
 
 def _as_inputs(inputs: Any, name: str) -> tuple[np.ndarray, ...]:
@@ -101,7 +104,7 @@ class _Verification:
         self.notes = [f"setting differs: {line}" for line in self.match.settings]
         self.logits: dict[str, float] = {}
 
-    def report(self, loss: Any, optimizer: Any, steps: int) -> Report:
+    def report(self, header: dict[str, Any], loss: Any, optimizer: Any, steps: int) -> Report:
         self.weights()
         modes = [False, True] if any(_has_statistics(m) for m in self.torch_model.modules()) else [False]
         for training in modes:
@@ -112,7 +115,7 @@ class _Verification:
             self.faults = layers.faults | self.faults
             self.notes += [note for note in layers.notes if note not in self.notes]
         self.training(loss, optimizer, steps)
-        return Report(_header(self.torch_model, self.seed), self.rows, self.faults, self.notes, self.logits)
+        return Report(header, self.rows, self.faults, self.notes, self.logits)
 
     def weights(self) -> None:
         """Every leaf, bit by bit."""
@@ -247,8 +250,7 @@ def _header(torch_model: torch.nn.Module, seed: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": f"jax {jax.__version__}, flax {flax.__version__}, torch {torch.__version__}",
         "devices": f"jax {jax.devices()[0].device_kind}, torch {device}",
-        "matmul precision": f"jax {jax.config.values['jax_default_matmul_precision'] or 'default'}, "
-        f"torch {torch.get_float32_matmul_precision()}, TF32 in cuDNN {torch.backends.cudnn.allow_tf32}",
+        "matmul precision": f"float32 here, set to: {matmul_settings()}",
         "x64 in jax": jax.config.values["jax_enable_x64"],
         "threads": f"torch {torch.get_num_threads()}, cores {os.cpu_count()}",
         "seed": seed,

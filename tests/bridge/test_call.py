@@ -54,6 +54,18 @@ def test_first_and_second_derivatives_by_finite_differences() -> None:
         assert torch.autograd.gradgradcheck(function, (x, w))
 
 
+def test_function_transforms() -> None:
+    function = JaxFunction(lambda x, i: (jnp.sin(x), i + 1))
+    (x,) = tensors((4, 4))
+    i = torch.arange(3, dtype=torch.int32)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return function(x, i)[0].sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(x), torch.cos(x))
+    torch.testing.assert_close(torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(x), -torch.sin(x))
+
+
 def test_one_opaque_operation_under_torch_compile() -> None:
     function = JaxFunction(twisted)
     x, w = tensors((4, 4), (4, 4))

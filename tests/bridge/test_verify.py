@@ -103,6 +103,44 @@ def test_bfloat16_models_are_judged_by_the_precision_of_bfloat16() -> None:
     assert not bridge.verify(jax_model, torch_model, x)
 
 
+def test_numbers_that_xla_flushes_to_zero_are_no_difference() -> None:
+    torch_model = nn.Linear(3, 2, bias=False)
+    torch_model.weight.data.fill_(1e-20)
+    jax_model = bridge.convert(torch_model, nnx.Linear(3, 2, use_bias=False, rngs=nnx.Rngs(0)))
+    x = np.full((4, 3), 1e-20, np.float32)
+    assert (torch_model(torch.tensor(x)) > 0).all()  # 3e-40, a subnormal number
+    report = bridge.verify(jax_model, torch_model, x)
+    assert report.ok, str(report)
+    torch_model.weight.data[0, 0] = 1.1e-20
+    assert not bridge.verify(jax_model, torch_model, x)
+
+
+def test_short_matrix_products_are_set_aside_and_come_back() -> None:
+    class Probe(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.add((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+            return super().forward(x)
+
+    seen: set[tuple[str, bool]] = set()
+    jax_model = nnx.Linear(256, 4, rngs=nnx.Rngs(0))
+    torch_model = bridge.convert(jax_model, nn.Linear(256, 4))
+    torch_model.__class__ = Probe
+    x = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with jax.default_matmul_precision("bfloat16"):
+            report = bridge.verify(jax_model, torch_model, x)
+            assert jax.config.jax_default_matmul_precision == "bfloat16"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+    assert report.ok, str(report)
+    assert seen == {("highest", False)}
+    assert torch.backends.cudnn.allow_tf32 == before[1]
+    assert "jax bfloat16, torch medium" in str(report)
+
+
 def test_own_loss_and_optimizer_decide_the_trajectory() -> None:
     jax_model, torch_model = pairs.chain()
     labels = np.array([0, 1, 2, 3])
