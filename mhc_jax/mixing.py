@@ -277,14 +277,18 @@ def _close(
     return function, jaxpr.consts
 
 
-_SLOTS_AT_ONCE = 8
-
-# The tape. Slot l holds x_l on the way forward, and on the way back G_{l+1} = dL/dx_{l+1} as soon as x_l is used up:
+# The tape. Slot l holds x_l. On the way back, with G_l = dL/dx_l,
 #
 #     G_l = (df_l/dx)^T G_{l+1} + sum_{j=l}^{min(L-1, l+W-1)} weights[j, l] * G_{j+1}
 #
 # is the same recurrence run from the other end. And <G_{j+1}, x_l>, the gradient of weights[j, l], needs the same W
 # cotangents and the one state that the branch's derivative needs anyway, so no window of states is read again.
+#
+# A few cotangents go round in a ring of their own. Its rows are flat, and all of them are in every window, so that the
+# inner products are one product of a matrix as it lies in memory. Many would take memory: they are put in the tape,
+# each in the slot of a state that is used up.
+
+_WIDEST_RING = 8
 
 
 @dataclass(frozen=True)
@@ -334,41 +338,47 @@ def _layers_fwd(stack: _Stack, shared: list[Array], layers: Any, x: State, weigh
 def _layers_bwd(stack: _Stack, residuals: Any, g: State) -> tuple[Any, Any, State, Array]:
     tape, pullbacks, shared, layers, weights = residuals
     depth, width = weights.shape
+    ring = width <= _WIDEST_RING
     k = np.arange(depth)[:, None]
-    held = np.minimum(k, depth - width) + np.arange(width)
+    slot = np.arange(width)
+    held = k + (slot - k) % width if ring else np.minimum(k, depth - width) + slot
 
     def body(carry: tuple[State, State, State, Any], scanned: Any) -> tuple[tuple[State, State, State, Any], Any]:
-        tape, x, g, d_shared = carry
-        index, params, pullback, column = scanned
-        d_shared_here, d_params, dx = _with(pullback, (shared, params, x))(g)
-        tape = _write(tape, index, g)
-        start = lax.min(index, depth - width)
-        d_column = _inner_products(tape, start, width, x, weights.dtype)
+        cotangents, carried, g, d_shared = carry
+        index, params, pullback, column, scanned_x = scanned
+        x = scanned_x if ring else carried
+        d_shared_here, d_params, dx = _with(pullback, (shared, params, _like(g, x)))(g)
+        cotangents = _write(cotangents, index % width if ring else index, _flat(g))
+        start = 0 if ring else lax.min(index, depth - width)
+        d_column = _inner_products(cotangents, start, width, x, weights.dtype)
         if not stack.detach_history:
-            dx = _weighted_sum(dx, _read(tape, start, width), column)
+            dx = _like(g, _weighted_sum(_flat(dx), _read(cotangents, start, width), column))
         d_shared = jax.tree.map(jnp.add, d_shared, _real(d_shared_here))
-        # The next state is taken from the tape as it is now: a read of an older one would cost a copy of it all.
-        (x,) = _read(tape, lax.max(index - 1, 0), 1)
-        return (tape, x, dx, d_shared), (_real(d_params), d_column)
+        if not ring:
+            # The next state is taken from the tape as it is now: a read of an older one would cost a copy of it all.
+            (carried,) = _read(cotangents, lax.max(index - 1, 0), 1)
+        return (cotangents, carried, dx, d_shared), (_real(d_params), d_column)
 
     d_shared = [jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else None for leaf in shared]
-    scanned = (jnp.arange(depth), layers, pullbacks, _band(weights, held, k))
-    (x,) = _read(tape, depth - 1, 1)
-    (_, _, g, d_shared), (d_layers, d_columns) = lax.scan(body, (tape, x, g, d_shared), scanned, reverse=True)
+    tape = jax.tree.map(lambda rows: rows.reshape(depth, -1), tape)
+    scanned = (jnp.arange(depth), layers, pullbacks, _band(weights, held, k), tape if ring else None)
+    cotangents, last = (_empty(_flat(g), width), None) if ring else (tape, _read(tape, depth - 1, 1)[0])
+    start = (cotangents, last, g, d_shared)
+    (_, _, g, d_shared), (d_layers, d_columns) = lax.scan(body, start, scanned, reverse=True)
     j = np.arange(depth)[:, None]
-    k = j - width + 1 + np.arange(width)
-    d_weights = jnp.where(k >= 0, d_columns[np.maximum(k, 0), j - np.clip(k, 0, depth - width)], 0.0)
-    return d_shared, d_layers, g, d_weights
+    k = j - width + 1 + slot
+    d_weights = d_columns[np.maximum(k, 0), j % width if ring else j - np.clip(k, 0, depth - width)]
+    return d_shared, d_layers, g, jnp.where(k >= 0, d_weights, 0.0)
 
 
 _layers.defvjp(_layers_fwd, _layers_bwd)
 
 
 def _band(weights: Float[Array, "L W"], j: np.ndarray, k: np.ndarray) -> Float[Array, "L W"]:
-    """The weight of state k in layer j, 0 where it is not in the layer's window."""
-    width = weights.shape[1]
-    inside = (k >= 0) & (k <= j) & (k > j - width)
-    return jnp.where(inside, weights[j, np.clip(width - 1 - (j - k), 0, width - 1)], 0.0)
+    """The weight of state k in layer j, 0 where it is not in the layer's window, or where there is no such layer."""
+    depth, width = weights.shape
+    inside = (k >= 0) & (k <= j) & (k > j - width) & (j < depth)
+    return jnp.where(inside, weights[np.minimum(j, depth - 1), np.clip(width - 1 - (j - k), 0, width - 1)], 0.0)
 
 
 def _empty(x: State, slots: int) -> State:
@@ -387,26 +397,35 @@ def _read(tape: State, start: Array | int, count: int) -> list[State]:
     ]
 
 
-def _inner_products(tape: State, start: Array, count: int, x: State, dtype: Any) -> Float[Array, "count"]:
-    """``<tape[start + c], x>`` for every c, as matrix-vector products: a plain sum is not vectorized on a CPU."""
+def _flat(x: State) -> State:
+    return jax.tree.map(jnp.ravel, x)
 
-    def products(first: Array | int) -> Array:
+
+def _like(x: State, flat: State) -> State:
+    return jax.tree.map(lambda leaf, row: row.reshape(leaf.shape), x, flat)
+
+
+def _inner_products(rows: State, start: Array | int, count: int, x: State, dtype: Any) -> Float[Array, "count"]:
+    """``<rows[start + c], x>`` for every c, as matrix-vector products: a plain sum is not vectorized on a CPU."""
+
+    def products(first: Array | int, size: int) -> Array:
         def leaf_products(rows: Array, leaf: Array) -> Array:
-            rows = lax.dynamic_slice_in_dim(rows, start + first, size)
+            if size < len(rows):
+                rows = lax.dynamic_slice_in_dim(rows, start + first, size)
             wide = jnp.promote_types(leaf.dtype, dtype)
             exact = lax.Precision.HIGHEST
-            return jnp.tensordot(rows, leaf, leaf.ndim, precision=exact, preferred_element_type=wide).astype(dtype)
+            return jnp.dot(rows, leaf, precision=exact, preferred_element_type=wide).astype(dtype)
 
-        return jax.tree.reduce(jnp.add, jax.tree.map(leaf_products, tape, x))
+        return jax.tree.reduce(jnp.add, jax.tree.map(leaf_products, rows, x))
 
-    # A library call gets a copy of its slots, so a wide window goes through it in parts, of which the last may overlap.
-    parts = -(-count // _SLOTS_AT_ONCE)
+    if count <= _WIDEST_RING:
+        return products(0, count)
+    # A library gets a copy of a slice, so it gets one part at a time; the last may overlap the one before.
+    parts = -(-count // _WIDEST_RING)
     size = -(-count // parts)
-    if parts == 1:
-        return products(0)
     firsts = np.minimum(np.arange(parts) * size, count - size)
     c = np.arange(count)
-    return lax.map(products, jnp.asarray(firsts))[c // size, c - firsts[c // size]]
+    return lax.map(partial(products, size=size), jnp.asarray(firsts))[c // size, c - firsts[c // size]]
 
 
 def _real(cotangents: Any) -> Any:
