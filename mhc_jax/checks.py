@@ -1,6 +1,6 @@
 """Checks for NaN and infinity, paid for only when asked.
 
-Modules state what must be finite with `expect_finite`, which compiles to nothing. `report_nonfinite` turns these
+Layers state what must be finite with `expect_finite`, which compiles to nothing. `report_nonfinite` turns these
 statements into an error that names the first layer where one fails, as does `chex.chexify`.
 """
 
@@ -50,7 +50,7 @@ def report_nonfinite(function: Callable[..., Result]) -> Callable[..., Result]:
         >>> stack.layers.bias[...] = stack.layers.bias.at[6, 0].set(jnp.nan)
         >>> report_nonfinite(lambda stack, x: stack(x))(stack, jnp.ones((2, 4)))
         Traceback (most recent call last):
-        FloatingPointError: branch of layer 6 (Linear) is not finite
+        FloatingPointError: branch of layer 6 is not finite
     """
     checked = jax.jit(checkify.checkify(function))
 

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from mhc_jax.checks import expect_finite
 from mhc_jax.config import MHCConfig
 from mhc_jax.history import State
 from mhc_jax.kernels.mixing import mix as kernel_mix
@@ -149,12 +150,13 @@ def apply_layers_reference(
     For forward-mode derivatives, and to test against: it traces every layer anew, and stores what autodiff asks for.
     """
     weights = _stack_weights(params, x, logits, config, gate_logits, mixing_key)
-    function, shared = _close(branch, params, x, keys, policy)
+    layers = (params, keys, jnp.arange(len(weights)))
+    function, shared = _close(branch, layers, x, policy)
     states = [x]
     for layer, row in enumerate(weights):
         window = states[-len(row) :]
         row = row[-len(window) :]
-        y = function(shared, jax.tree.map(lambda leaf, layer=layer: leaf[layer], (params, keys)), states[-1])
+        y = function(shared, jax.tree.map(lambda leaf, layer=layer: leaf[layer], layers), states[-1])
         states.append(_weighted_sum(y, lax.stop_gradient(window) if config.detach_history else window, row))
     return states[-1]
 
@@ -195,14 +197,16 @@ def apply_layers(
 
     Raises:
         ValueError: If an argument's shape does not fit; the message names the argument, and the leaf of ``params``.
+        FloatingPointError: Under ``mhc_jax.checks.report_nonfinite``, if x, logits or a branch's output are not finite.
         TypeError: If ``x`` holds anything but floating-point arrays, and for forward-mode derivatives (``jvp``,
             ``jacfwd``), for which there is ``apply_layers_reference``. Second derivatives work: reverse over reverse,
             and forward over reverse (``jax.hessian`` is ``jacfwd(jacrev(...))``).
     """
     weights = _stack_weights(params, x, logits, config, gate_logits, mixing_key)
-    function, shared = _close(branch, params, x, keys, policy)
+    layers = (params, keys, jnp.arange(len(weights)))
+    function, shared = _close(branch, layers, x, policy)
     try:
-        return _layers(_Stack(function, config.detach_history), shared, (params, keys), x, weights)
+        return _layers(_Stack(function, config.detach_history), shared, layers, x, weights)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
@@ -235,6 +239,8 @@ def _stack_weights(
     elif logits.ndim != 2 or logits.shape[-1] != config.max_history:
         raise ValueError(f"logits must have shape (L, max_history={config.max_history}), got {logits.shape}")
     depth, size = logits.shape
+    expect_finite(x, "x")
+    expect_finite(logits, "logits of layer {layer}", layer=jnp.argmin(jnp.isfinite(logits).all(axis=-1)))
     for path, leaf in jax.tree.leaves_with_path(params):
         if jnp.shape(leaf)[:1] != (depth,):
             raise ValueError(
@@ -247,26 +253,27 @@ def _stack_weights(
 
 
 def _close(
-    branch: Callable[..., State], params: Params, x: State, keys: Array | None, policy: Callable[..., bool] | None
-) -> tuple[Callable[[list[Array], tuple[Params, Array | None], State], State], list[Array]]:
-    """The branch as ``function(shared, (params_l, key_l), x)``, with all that it closed over made explicit.
+    branch: Callable[..., State], layers: Any, x: State, policy: Callable[..., bool] | None
+) -> tuple[Callable[[list[Array], Any, State], State], list[Array]]:
+    """The branch as ``function(shared, (params_l, key_l, l), x)``, with all that it closed over made explicit.
 
     A custom derivative sees its arguments only; and of what it sees as an argument, nothing is stored for every layer.
     """
 
-    def call(layer: tuple[Params, Array | None], x: State) -> State:
-        layer_params, key = layer
+    def call(layer: tuple[Params, Array | None, Array], x: State) -> State:
+        layer_params, key, index = layer
         y = branch(layer_params, x) if key is None else branch(layer_params, x, key)
         if jax.tree.map(jnp.shape, y) != jax.tree.map(jnp.shape, x):
             raise ValueError(
                 f"branch must return a state shaped like its input, {jax.tree.map(jnp.shape, x)}, "
                 f"got {jax.tree.map(jnp.shape, y)}"
             )
+        expect_finite(y, "branch of layer {layer}", layer=index)
         return jax.tree.map(lambda out, leaf: out.astype(leaf.dtype), y, x)
 
     if policy is not None:
         call = jax.checkpoint(call, policy=policy, prevent_cse=False)
-    first = jax.eval_shape(lambda layers: jax.tree.map(lambda leaf: leaf[0], layers), (params, keys))
+    first = jax.eval_shape(lambda layers: jax.tree.map(lambda leaf: leaf[0], layers), layers)
     jaxpr = jax.make_jaxpr(call)(first, x)
 
     def function(shared: list[Array], layer: tuple[Params, Array | None], x: State) -> State:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mhc_jax.checks import expect_finite
 from mhc_jax.config import MHCConfig
 from mhc_jax.mixing import apply_layers, mixing_weights
 from mhc_jax.nn.errors import noted
@@ -88,27 +87,20 @@ class MHCStack(nnx.Module):
         """
         graphdef, params = nnx.graphdef(self.layers), nnx.state(self.layers, nnx.Param)
         kind = type(self.layers).__name__
-        logits = self.mixing_logits[...]
-        expect_finite(x, "input of MHCStack")
-        finite = jnp.isfinite(logits).all(axis=-1)
-        expect_finite(logits, "mixing_logits of layer {layer}", layer=jnp.argmin(finite))
 
-        def branch(params: nnx.State, x: Array, drawn: Any) -> Array:
-            streams, layer = drawn
-            y = nnx.merge(graphdef, params, streams)(x)
-            expect_finite(y, f"branch of layer {{layer}} ({kind})", layer=layer)
-            return y
+        def branch(params: nnx.State, x: Array, streams: nnx.State) -> Array:
+            return nnx.merge(graphdef, params, streams)(x)
 
-        drawn: Any = (self._draw_streams(), jnp.arange(self.depth))
+        streams: Any = self._draw_streams()
         with noted(f"in the layers of MHCStack ({kind})"):
             return apply_layers(
                 branch,
                 params,
                 x,
-                logits,
+                self.mixing_logits[...],
                 self.config,
                 gate_logits=self.gate_logit[...] if self.config.use_gating else None,
-                keys=drawn,
+                keys=streams,
                 mixing_key=self.rngs() if self.config.stochastic and not self.deterministic else None,
                 policy=self.policy,
             )

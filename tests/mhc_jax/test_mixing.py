@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from mhc_jax import MHCConfig, apply_layers, apply_layers_reference, mix, mixing_weights
+from mhc_jax.checks import report_nonfinite
 from tests import reference
 
 CONFIGS = [
@@ -171,6 +172,27 @@ def test_gradients_equal_those_of_plain_autodiff(depth, max_history, config, see
         arguments = problem(depth, config, seed=seed)
         actual = value_and_gradients(apply_layers, config, arguments)
         assert_close(actual, value_and_gradients(apply_layers_reference, config, arguments))
+
+
+@pytest.mark.parametrize(("depth", "max_history"), [(11, 8), (11, 9), (23, 19), (12, 40)])
+def test_gradients_of_wide_windows(depth, max_history):
+    config = MHCConfig(max_history=max_history)
+    with jax.enable_x64(True):
+        params, x, logits, _ = problem(depth, config)
+
+        def loss(apply, params, x, logits):
+            pair = {"a": x, "b": 2 * x[0]}
+
+            def pair_branch(params, x):
+                return {"a": branch(params, x["a"]), "b": jnp.sin(x["b"]) * params["b"]}
+
+            out = apply(pair_branch, params, pair, logits, config)
+            return jnp.sum(jnp.sin(out["a"])) + jnp.sum(jnp.cos(out["b"]))
+
+        gradients = jax.grad(loss, argnums=(1, 2, 3))
+        assert_close(
+            gradients(apply_layers, params, x, logits), gradients(apply_layers_reference, params, x, logits), 1e-9
+        )
 
 
 def test_gradients_equal_finite_differences():
@@ -400,6 +422,22 @@ def test_bad_layer_arguments_are_named(apply, change, error, message):
     arguments = {"branch": branch, "params": params, "x": x, "logits": logits, "config": config}
     with pytest.raises(error, match=message):
         apply(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(("where", "message"), [("x", "x is"), ("logits", "logits of layer 3 is"), ("b", "layer 2 is")])
+def test_what_is_not_finite_is_named_when_asked(where, message):
+    config = MHCConfig(max_history=3)
+    params, x, logits, _ = problem(5, config, dtype=np.float32)
+    if where == "x":
+        x = x.at[0, 0].set(jnp.nan)
+    elif where == "logits":
+        logits = logits.at[3, 1].set(jnp.inf)
+    else:
+        params["b"] = params["b"].at[2, 0].set(jnp.nan)
+    gradient = jax.grad(lambda params, x, logits: jnp.sum(apply_layers(branch, params, x, logits, config)))
+    with pytest.raises(FloatingPointError, match=message):
+        report_nonfinite(gradient)(params, x, logits)
+    gradient(params, x, logits)
 
 
 def test_residual_mode_needs_no_logits():

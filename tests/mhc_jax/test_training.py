@@ -220,10 +220,10 @@ def poisoned(where):
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("logits", "mixing_logits of layer 3 is not finite"),
-        ("branch", r"branch of layer 2 \(Block\) is not finite"),
+        ("logits", "logits of layer 3 is not finite"),
+        ("branch", "branch of layer 2 is not finite"),
         ("head", "loss is not finite"),
-        ("input", "input of MHCStack is not finite"),
+        ("input", "x is not finite"),
     ],
 )
 def test_a_nan_is_reported_where_it_comes_from_when_asked(where, message):
