@@ -1,6 +1,6 @@
 """What the bridge costs: converting large models against a copy of the file, and calls from torch into JAX.
 
-python -m benchmarks.bridge [conversion | call]
+python -m benchmarks.bridge [conversion | call] [--quick] [--output FILE]
 """
 
 import argparse
@@ -121,16 +121,22 @@ def transformer(
     return ours, TorchTransformer(vocabulary, features, num_heads, depth, max_length)
 
 
-def conversion() -> None:
+def conversion(output: Path, quick: bool) -> None:
     """Both directions, from file to file and from model to model, after checking the way there and back."""
-    results = {
-        "ResNet-50": measure("ResNet-50", *resnet((3, 4, 6, 3), 1000, 64)),
-        "transformer": measure("transformer", *transformer(32_000, 768, 12, 12, 1024)),
+    models = {
+        "small ResNet": lambda: resnet((1, 1), 10, 8),
+        "small transformer": lambda: transformer(100, 32, 2, 2, 16),
     }
-    write_json(RESULTS / "bridge_conversion.json", {"times of a copy": results, **environment("torch", "flax")})
+    if not quick:
+        models = {
+            "ResNet-50": lambda: resnet((3, 4, 6, 3), 1000, 64),
+            "transformer": lambda: transformer(32_000, 768, 12, 12, 1024),
+        }
+    results = {name: measure(name, *make(), seconds=1 if quick else 10) for name, make in models.items()}
+    write_json(output, {"times of a copy": results, **environment("torch", "flax")})
 
 
-def measure(name: str, ours: nnx.Module, theirs: nn.Module) -> dict[str, Spread]:
+def measure(name: str, ours: nnx.Module, theirs: nn.Module, seconds: float) -> dict[str, Spread]:
     """How many times as long as a copy of the file each conversion takes."""
     with tempfile.TemporaryDirectory() as folder:
         jax_file, torch_file, back = (Path(folder) / f"{kind}.safetensors" for kind in ("jax", "torch", "back"))
@@ -152,7 +158,7 @@ def measure(name: str, ours: nnx.Module, theirs: nn.Module) -> dict[str, Spread]
             "model, torch to jax": lambda: bridge.convert(theirs, ours),
             "model, jax to torch": lambda: bridge.convert(ours, theirs),
         }
-        samples = interleaved(candidates, seconds=10, warmup=1)
+        samples = interleaved(candidates, seconds=seconds, warmup=1)
         print(f"{name}: {torch_file.stat().st_size / 1e6:.0f} MB, there and back bit for bit")
     ratios = {candidate: ratio(samples, candidate, "copy of the file") for candidate in candidates}
     for candidate, spread in ratios.items():
@@ -161,14 +167,18 @@ def measure(name: str, ours: nnx.Module, theirs: nn.Module) -> dict[str, Spread]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bridge", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bridge", description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", choices=["conversion", "call"], help="default: both")
-    part = parser.parse_args().part
+    parser.add_argument("--quick", action="store_true", help="a second for each measurement, small models only")
+    parser.add_argument("--output", type=Path, help="of the part named; default: the recorded result")
+    arguments = parser.parse_args()
+    if arguments.output and not arguments.part:
+        parser.error("--output is one file, and both parts write one each: name a part, conversion or call")
     torch.manual_seed(0)
-    if part != "conversion":
-        bridge_call.main(RESULTS)
-    if part != "call":
-        conversion()
+    if arguments.part != "conversion":
+        bridge_call.main(arguments.output or RESULTS / "bridge-cpu.json", arguments.quick)
+    if arguments.part != "call":
+        conversion(arguments.output or RESULTS / "bridge_conversion.json", arguments.quick)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Floor(torch.autograd.Function):
         return tuple(torch.from_dlpack(r) for r in jax.block_until_ready(results))
 
 
-def main(results: Path) -> None:
+def main(output: Path, quick: bool) -> None:
     """Measures 8x8 inputs, where only the fixed cost counts, and prints and records microseconds and ratios."""
     x, w = torch.randn(8, 8), torch.randn(8, 8)
     x_grad, w_grad = x.clone().requires_grad_(), w.clone().requires_grad_()
@@ -51,9 +51,11 @@ def main(results: Path) -> None:
     calls = {"floor": Floor.apply, "JaxFunction": bridge.JaxFunction(function)}
     record: dict[str, Any] = {}
     for kind, run in {"forward": forward, "forward and backward": there_and_back}.items():
-        samples = interleaved({name: partial(run, call) for name, call in calls.items()}, seconds=5, warmup=50)
+        samples = interleaved(
+            {name: partial(run, call) for name, call in calls.items()}, seconds=1 if quick else 5, warmup=50
+        )
         times = {name: Spread.of(seconds * 1e6) for name, seconds in samples.items()}
         record[kind] = {"microseconds": times, "times the floor": ratio(samples, "JaxFunction", "floor")}
         print(f"{kind}: floor {times['floor']} µs, JaxFunction {times['JaxFunction']} µs,", end=" ")
         print(f"{record[kind]['times the floor']} times the floor", flush=True)
-    write_json(results / "bridge-cpu.json", {**record, **environment("torch", "flax")})
+    write_json(output, {**record, **environment("torch", "flax")})

@@ -1,4 +1,4 @@
-"""How much the residual maps of n streams amplify, during training: `python -m benchmarks.stream_gain`.
+"""How much the residual maps of n streams amplify: `python -m benchmarks.stream_gain [--quick] [--output FILE]`.
 
 Trains transformers with unconstrained (HC) and doubly stochastic (mHC) residual maps on the text of the Python
 language reference, and measures the composite gain of arXiv 2512.24880, section 3.1: of the product of the residual
@@ -6,6 +6,7 @@ maps of all layers, the largest absolute row sum (forward) or column sum (backwa
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -23,6 +24,8 @@ from mhc_jax.nn.transformer import MHCTransformer
 from mhc_jax.streams import expand, maps
 
 WIDTH, STREAMS, BATCH, LENGTH, EVERY = 32, 4, 4, 32, 10
+RESULT = Path("benchmarks/results/stream-gain.json")
+FIGURE = Path("docs/images/stream_gain.png")
 TEXT = np.frombuffer("\n".join(topics[name] for name in sorted(topics)).encode(), np.uint8)
 
 
@@ -89,9 +92,10 @@ def train(constraint: Any, branches: int, steps: int) -> dict[str, list[float]]:
     return record
 
 
-def draw(runs: dict[str, dict[str, list[float]]], path: Path) -> None:
+def draw(record: Mapping[str, Any], path: Path) -> None:
+    """The largest gains and the losses of a recorded run, beside each other."""
     figure, (gains, losses) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for name, run in runs.items():
+    for name, run in record["runs"].items():
         gains.semilogy(run["step"], run["largest gain"], label=name)
         losses.plot(run["step"], run["bits per byte"], label=name)
     gains.set(xlabel="step", ylabel="composite gain, largest of all tokens")
@@ -99,24 +103,23 @@ def draw(runs: dict[str, dict[str, list[float]]], path: Path) -> None:
     gains.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/stream-gain.json"))
-    parser.add_argument("--figure", type=Path, default=Path("docs/images/stream_gain.png"))
+    parser.add_argument("--quick", action="store_true", help="10 steps of the smaller network")
+    parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     names = {"none": "HC", "sinkhorn": "mHC"}
     runs = {}
-    for branches in (30, 100):
+    for branches in (30,) if arguments.quick else (30, 100):
         for constraint in names:
             name = f"{names[constraint]}, {branches} layers"
-            runs[name] = train(constraint, branches, arguments.steps)
+            runs[name] = train(constraint, branches, 10 if arguments.quick else 150)
             largest, bits = max(runs[name]["largest gain"]), runs[name]["bits per byte"][-1]
             print(f"{name}: largest gain {largest:.3g}, {bits:.3f} bits per byte", flush=True)
     write_json(arguments.output, {"environment": environment("flax"), "runs": runs})
-    draw(runs, arguments.figure)
 
 
 if __name__ == "__main__":

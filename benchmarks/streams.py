@@ -1,4 +1,4 @@
-"""What n residual streams cost: `python -m benchmarks.streams` measures, prints ratios and records them.
+"""What n residual streams cost: `python -m benchmarks.streams [--quick] [--output FILE]`.
 
 Whole Adam steps of a decoder-only transformer with streams over the residual one of the same framework, all in one
 run in turns: ours in JAX and PyTorch, beside the `hyper-connections` package (its mHC). And Sinkhorn alone.
@@ -25,12 +25,18 @@ import mhc_torch.layers.transformer as torch_transformer
 from benchmarks.timing import Spread, environment, interleaved, ratio, write_json
 from mhc_jax.sinkhorn import sinkhorn
 
-VOCABULARY, WIDTH, HEADS, DEPTH, LENGTH, STREAMS = 256, 512, 8, 4, 512, 4
-SHAPE: dict[str, Any] = {"features": WIDTH, "num_heads": HEADS, "depth": DEPTH, "max_length": LENGTH}
-TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (1, LENGTH + 1))
+VOCABULARY, STREAMS = 256, 4
+Shape = dict[str, Any]
+SHAPE: Shape = {"features": 512, "num_heads": 8, "depth": 4, "max_length": 512}
+QUICK_SHAPE: Shape = {"features": 64, "num_heads": 2, "depth": 2, "max_length": 64}
 
 
-def jax_step(model: nnx.Module) -> tuple[Callable[[], Any], int]:
+def random_tokens(shape: Shape) -> np.ndarray:
+    """One sequence and the token after it: (1, max_length + 1)."""
+    return np.random.default_rng(0).integers(0, VOCABULARY, (1, shape["max_length"] + 1))
+
+
+def jax_step(model: nnx.Module, inputs: np.ndarray) -> tuple[Callable[[], Any], int]:
     """A jitted, donating Adam step, and the bytes of its temporary memory."""
     graphdef, params = nnx.split(model)
     optimizer = optax.adam(1e-3)
@@ -45,7 +51,7 @@ def jax_step(model: nnx.Module) -> tuple[Callable[[], Any], int]:
         updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(params, updates), state, value
 
-    tokens = jnp.asarray(TOKENS)
+    tokens = jnp.asarray(inputs)
     carry = [params, optimizer.init(params)]
     compiled = step.lower(*carry, tokens).compile()
     memory = compiled.memory_analysis()
@@ -58,9 +64,9 @@ def jax_step(model: nnx.Module) -> tuple[Callable[[], Any], int]:
     return call, memory.temp_size_in_bytes
 
 
-def torch_step(model: nn.Module, compile: bool) -> Callable[[], Any]:
+def torch_step(model: nn.Module, inputs: np.ndarray, compile: bool) -> Callable[[], Any]:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    tokens = torch.from_numpy(TOKENS)
+    tokens = torch.from_numpy(inputs)
 
     def loss() -> torch.Tensor:
         logits = model(tokens[:, :-1])
@@ -107,11 +113,11 @@ def plain_sinkhorn(logits: jax.Array) -> jax.Array:
 class PackageTransformer(nn.Module):
     """Our transformer with the mHC of the `hyper-connections` package around its branches."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        model = torch_transformer.MHCTransformer(VOCABULARY, connection="residual", **SHAPE)
+        model = torch_transformer.MHCTransformer(VOCABULARY, connection="residual", **shape)
         self.embed, self.positions, self.norm = model.embed, model.positions, model.norm
-        wrap, self.expand, self.reduce = get_init_and_expand_reduce_stream_functions(STREAMS, dim=WIDTH)
+        wrap, self.expand, self.reduce = get_init_and_expand_reduce_stream_functions(STREAMS, dim=shape["features"])
         layers: Any = model.stack.wrapped_modules
         branches = [branch for layer in layers for branch in (layer.attention, layer.mlp)]
         self.layers = nn.ModuleList(wrap(branch=branch, layer_index=i) for i, branch in enumerate(branches))
@@ -123,13 +129,18 @@ class PackageTransformer(nn.Module):
         return nn.functional.linear(self.norm(self.reduce(x)), self.embed.weight)
 
 
-def measure_jax(seconds: float) -> dict[str, Any]:
+def measure_jax(shape: Shape, seconds: float) -> dict[str, Any]:
+    inputs = random_tokens(shape)
+
     def model(connection: Any) -> jax_transformer.MHCTransformer:
-        return jax_transformer.MHCTransformer(VOCABULARY, connection=connection, rngs=nnx.Rngs(0), **SHAPE)
+        return jax_transformer.MHCTransformer(VOCABULARY, connection=connection, rngs=nnx.Rngs(0), **shape)
 
     naive = model("streams")
     naive.stack.layers = NaiveLayer(naive.stack.layers)
-    steps = {"residual": jax_step(model("residual")), "mhc_jax": jax_step(model("streams")), "naive": jax_step(naive)}
+    steps = {
+        name: jax_step(network, inputs)
+        for name, network in {"residual": model("residual"), "mhc_jax": model("streams"), "naive": naive}.items()
+    }
     times = interleaved({name: call for name, (call, _) in steps.items()}, seconds=seconds)
     memory = {name: used for name, (_, used) in steps.items()}
     return {
@@ -139,14 +150,15 @@ def measure_jax(seconds: float) -> dict[str, Any]:
     }
 
 
-def measure_torch(seconds: float, compile: bool) -> dict[str, Any]:
+def measure_torch(shape: Shape, seconds: float, compile: bool) -> dict[str, Any]:
     torch.manual_seed(0)
+    inputs = random_tokens(shape)
     models = {
-        "residual": torch_transformer.MHCTransformer(VOCABULARY, connection="residual", **SHAPE),
-        "mhc_torch": torch_transformer.MHCTransformer(VOCABULARY, connection="streams", **SHAPE),
-        "hyper-connections": PackageTransformer(),
+        "residual": torch_transformer.MHCTransformer(VOCABULARY, connection="residual", **shape),
+        "mhc_torch": torch_transformer.MHCTransformer(VOCABULARY, connection="streams", **shape),
+        "hyper-connections": PackageTransformer(shape),
     }
-    times = interleaved({name: torch_step(model, compile) for name, model in models.items()}, seconds=seconds)
+    times = interleaved({name: torch_step(model, inputs, compile) for name, model in models.items()}, seconds=seconds)
     added = {name: times[name] - times["residual"] for name in ("mhc_torch", "hyper-connections")}
     return {
         "residual step (ms)": Spread.of(1e3 * times["residual"]),
@@ -155,7 +167,9 @@ def measure_torch(seconds: float, compile: bool) -> dict[str, Any]:
     }
 
 
-def measure_sinkhorn(seconds: float, tokens: int = 65_536) -> dict[str, Any]:
+def measure_sinkhorn(shape: Shape, seconds: float) -> dict[str, Any]:
+    """Of 128 matrices for every token of a sequence."""
+    tokens = 128 * shape["max_length"]
     logits, cotangent = jax.random.normal(jax.random.key(0), (2, tokens, 4, 4))
 
     def compiled(function: Callable[[jax.Array], jax.Array]) -> Any:
@@ -177,16 +191,17 @@ def measure_sinkhorn(seconds: float, tokens: int = 65_536) -> dict[str, Any]:
     }
 
 
-def roofline(seconds: float) -> dict[str, Any]:
+def roofline(shape: Shape, seconds: float) -> dict[str, Any]:
     """What the streams must move at least in a step, at the rate at which this machine copies that much memory.
 
     Bytes per token and branch, after fusion (arXiv 2512.24880, section 4.3.1): forward reads X twice (maps and input;
     merge) and y, writes x and X; backward reads X, dX, y, dx and writes dX, dy.
     """
-    state = STREAMS * WIDTH
-    floats = (2 * state + WIDTH) + (WIDTH + state) + (2 * state + 2 * WIDTH) + (state + WIDTH)
-    moved = 4 * floats * LENGTH * 2 * DEPTH
-    source = jnp.ones(LENGTH * state)
+    width, length = shape["features"], shape["max_length"]
+    state = STREAMS * width
+    floats = (2 * state + width) + (width + state) + (2 * state + 2 * width) + (state + width)
+    moved = 4 * floats * length * 2 * shape["depth"]
+    source = jnp.ones(length * state)
     copy = jax.jit(lambda x: x + 1).lower(source).compile()
     times = interleaved({"copy": partial(copy, source)}, seconds=seconds)
     rate = 2 * source.nbytes / np.median(times["copy"])
@@ -197,7 +212,7 @@ def roofline(seconds: float) -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, Callable[[float], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Shape, float], dict[str, Any]]] = {
     "jax": measure_jax,
     "roofline": roofline,
     "sinkhorn": measure_sinkhorn,
@@ -209,14 +224,16 @@ PARTS: dict[str, Callable[[float], dict[str, Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--quick", action="store_true", help="a second for each part, small networks only")
     parser.add_argument("--seconds", type=float, default=20, help="of measurement for each part")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/streams-cpu.json"))
     arguments = parser.parse_args()
+    shape, seconds = (QUICK_SHAPE, 1.0) if arguments.quick else (SHAPE, arguments.seconds)
     record = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     record["environment"] = environment("flax", "torch", "hyper-connections")
-    record["shape"] = SHAPE | {"branches": 2 * DEPTH, "batch": 1, "streams": STREAMS}
+    record["shape"] = shape | {"branches": 2 * shape["depth"], "batch": 1, "streams": STREAMS}
     for part in arguments.parts:
-        record[part] = PARTS[part](arguments.seconds)
+        record[part] = PARTS[part](shape, seconds)
         print(part, *(f"  {key}: {value}" for key, value in record[part].items()), sep="\n", flush=True)
         write_json(arguments.output, record)
 

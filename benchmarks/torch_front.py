@@ -1,6 +1,6 @@
 """Whole Adam steps of 50 layers in PyTorch: MHCSequential and the published package over the plain residual network.
 
-    python -m benchmarks.torch_front [--compiled] [--seconds 20] [--output FILE]
+    python -m benchmarks.torch_front [--compiled] [--quick] [--seconds 20] [--output FILE]
 
 The network is the one of the documentation, a stack of linear layers, with H = 4 and gradients through history; the
 optimizer is torch.optim.Adam as it comes. All candidates take turns in one run; OMP_NUM_THREADS sets the threads.
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from benchmarks.timing import Spread, environment, interleaved, ratio, write_json
 from mhc_torch import MHCSequential
 
-DEPTH = 50
+DEPTH, QUICK_DEPTH = 50, 10
 SIZES = {"C=64 B=32": (64, 32), "C=256 B=128": (256, 128)}
+RESULTS = Path(__file__).parent / "results"
 
 
 class Residual(nn.Module):
@@ -36,11 +37,11 @@ class Residual(nn.Module):
         return x
 
 
-def candidates(width: int) -> dict[str, nn.Module]:
-    """The three networks, with small branches, so that 50 of them neither explode nor vanish."""
+def candidates(width: int, depth: int) -> dict[str, nn.Module]:
+    """The three networks, with small branches, so that many of them neither explode nor vanish."""
 
     def layers() -> list[nn.Module]:
-        made: list[nn.Module] = [nn.Linear(width, width) for _ in range(DEPTH)]
+        made: list[nn.Module] = [nn.Linear(width, width) for _ in range(depth)]
         for layer in made:
             nn.init.normal_(layer.weight, std=0.1 / width**0.5)  # type: ignore[arg-type]
         return made
@@ -81,10 +82,10 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def measure(width: int, batch: int, compiled: bool, seconds: float) -> dict[str, dict[str, Spread | float]]:
+def measure(width: int, batch: int, depth: int, compiled: bool, seconds: float) -> dict[str, dict[str, Spread | float]]:
     """Ratios of step times and of saved bytes over the residual network's."""
     torch.manual_seed(0)
-    models = candidates(width)
+    models = candidates(width, depth)
     if compiled:
         del models["published"]
     x, y = torch.randn(batch, width), torch.randn(batch, width)
@@ -107,26 +108,29 @@ def measure(width: int, batch: int, compiled: bool, seconds: float) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="a second for the smaller size, with 10 layers")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each size")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="default: the recorded result")
     arguments = parser.parse_args()
+    depth, seconds = (QUICK_DEPTH, 1.0) if arguments.quick else (DEPTH, arguments.seconds)
+    kind = "compiled-cpu" if arguments.compiled else "cpu"
+    output = arguments.output or RESULTS / f"torch_front-{kind}.json"
 
     sizes = {}
     print(f"{'size':<12} {'network':<10} {'ms a step':>26} {'over residual':>24} {'saved':>7}")
-    for size, (width, batch) in SIZES.items():
-        found = measure(width, batch, arguments.compiled, arguments.seconds)
+    for size, (width, batch) in list(SIZES.items())[: 1 if arguments.quick else None]:
+        found = measure(width, batch, depth, arguments.compiled, seconds)
         sizes[size] = found
         for name, row in found.items():
             print(f"{size:<12} {name:<10} {row['milliseconds']!s:>26} {row['time']!s:>24} {row['saved']:>7.3f}")
-    if arguments.output:
-        record = {
-            "environment": environment("torch", "mhc"),
-            "threads": torch.get_num_threads(),
-            "compiled": arguments.compiled,
-            "depth": DEPTH,
-            "sizes": sizes,
-        }
-        write_json(arguments.output, record)
+    record = {
+        "environment": environment("torch", "mhc"),
+        "threads": torch.get_num_threads(),
+        "compiled": arguments.compiled,
+        "depth": depth,
+        "sizes": sizes,
+    }
+    write_json(output, record)
 
 
 if __name__ == "__main__":
