@@ -191,7 +191,8 @@ def filled(page: str, records: Mapping[str, Any]) -> str:
     Raises:
         KeyError: a comment names a table that there is not.
     """
-    return PLACE.sub(lambda place: place[1] + TABLES[place[2]](records) + place[3], page)
+    # Without the blank lines Markdown would take a table for part of the comment.
+    return PLACE.sub(lambda place: f"{place[1]}\n{TABLES[place[2]](records)}\n{place[3]}", page)
 
 
 def write() -> None:
