@@ -1,7 +1,6 @@
 # Every target sets itself up from nothing: it needs Python 3.11 (or 3.12) and make.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-PACKAGES := mhc_jax mhc_torch bridge demo benchmarks
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test docs clean

@@ -131,7 +131,6 @@ def train(name: str, model: Classifier, train_split: Split, test_split: Split) -
         accuracies=np.array(accuracies),
         seconds=seconds,
         gradient_norms=series[0]["diagnostics"]["grad_norm"],
-        predictions=np.asarray(predict(state.model, test_split.images)),
         weights=series[-1]["diagnostics"]["weights"] if mixes else None,
         entropy_steps=np.arange(len(series)) if mixes else None,
         entropy=entropy,

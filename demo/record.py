@@ -17,8 +17,6 @@ class Run:
     seconds: float
     gradient_norms: Float[np.ndarray, "depth"]
     """Norm of each layer's gradient at the first step, input side first."""
-    predictions: Int[np.ndarray, "items"]
-    """The held-out digits as the trained network reads them."""
     weights: Float[np.ndarray, "depth window"] | None = None
     """The learned mixing weights, oldest state first; None where nothing is mixed."""
     entropy_steps: Int[np.ndarray, "points"] | None = None

@@ -151,7 +151,6 @@ def train(name: str, net: Classifier, train_split: Split, test_split: Split, log
         accuracies=np.array(module.accuracies),
         seconds=seconds,
         gradient_norms=gradient_norms[0],
-        predictions=predict(net, test_split.images),
         weights=np.array([_padded(weights) for weights in extract_mixing_weights(module).values()]),
         entropy_steps=steps,
         entropy=entropy,
