@@ -146,7 +146,7 @@ def peers(records: Mapping[str, Any]) -> str:
 
 def learning(records: Mapping[str, Any], task: str) -> str:
     """What each connection learned in one task of the quality study: means and standard deviations over seeds."""
-    found = find(records, "quality-cpu.json", "tasks", task)
+    found = find(records, quality.RESULT.name, "tasks", task)
     if found is None:
         return "Not recorded yet.\n"
 
@@ -176,8 +176,16 @@ def learning(records: Mapping[str, Any], task: str) -> str:
     )
 
 
+def learning_figure(records: Mapping[str, Any]) -> str:
+    if quality.RESULT.name not in records:
+        return "Not recorded yet.\n"
+    shown = "Losses on the way, and gradient norms at layer 0 before training, of every connection"
+    return f"![{shown}](images/{quality.FIGURE.name})\n"
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "peers": peers,
+    "learning": learning_figure,
     "digits": partial(learning, task="digits"),
     "text": partial(learning, task="text"),
 }

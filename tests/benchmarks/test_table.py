@@ -1,0 +1,82 @@
+"""What README and documentation show of the measurements is what the recorded files say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from benchmarks import table
+
+ROOT = Path(__file__).parents[2]
+RECORDS = table.load(table.RESULTS)
+ADVICE = "run `python -m benchmarks table --write`"
+
+
+@pytest.mark.parametrize("page", table.PAGES, ids=lambda page: page.name)
+def test_pages_show_the_recorded_results(page):
+    text = page.read_text()
+    assert table.PLACE.search(text)
+    assert text == table.filled(text, RECORDS), ADVICE
+
+
+RECORDED_FIGURES = [figure for figure in table.FIGURES if figure[1].name in RECORDS]
+
+
+@pytest.mark.parametrize(("draw", "result", "figure"), RECORDED_FIGURES, ids=lambda value: getattr(value, "stem", ""))
+def test_figures_are_drawn_from_the_recorded_results(draw, result, figure, tmp_path):
+    draw(RECORDS[result.name], tmp_path / figure.name)
+    shown, drawn = (matplotlib.image.imread(path) for path in (ROOT / figure, tmp_path / figure.name))
+    assert shown.shape == drawn.shape, ADVICE
+    # Releases of matplotlib draw letters with slightly different edges; another curve is another matter.
+    assert np.abs(shown - drawn).mean() < 1e-3, ADVICE
+
+
+def test_a_changed_result_changes_the_page():
+    path = ("bridge-cpu.json", "forward", "times the floor")
+    page = "<!-- benchmarks: peers -->\n\nold\n<!-- /benchmarks -->"
+    assert "old" not in table.filled(page, RECORDS)
+    spread = {"median": 98.765, "p10": 97.0, "p90": 99.0}
+    changed = {**RECORDS, path[0]: {**RECORDS[path[0]], path[1]: {path[2]: spread}}}
+    assert "| 98.77 (97.00 to 99.00) |" in table.filled(page, changed)
+
+
+def test_what_was_not_recorded_is_shown_as_absent():
+    assert table.ABSENT in table.peers({})
+    assert table.learning({}, "digits") == "Not recorded yet.\n"
+
+
+def test_an_unknown_table_is_an_error():
+    with pytest.raises(KeyError, match="speed"):
+        table.filled("<!-- benchmarks: speed -->\n<!-- /benchmarks -->", RECORDS)
+
+
+def test_steps_that_not_every_seed_reached():
+    run = {
+        "depth": 10,
+        "connection": "residual",
+        "loss": [[1.0, 1.0], [0.25, 0.75]],
+        "accuracy": [0.5, 0.7],
+        "gradient norm": [1.0, 3.0],
+        "steps to target": [10, None],
+    }
+    task = {"unit": "nats", "target": 0.3, "runs": [run]}
+    shown = table.learning({"quality-cpu.json": {"tasks": {"digits": task}}}, "digits")
+    assert "| 10 | residual | 0.500 ± 0.354 | 60.0% ± 14.1% | 10 (1 of 2) | 2 |" in shown
+
+
+def test_quick_runs_leave_the_recorded_results_alone():
+    command = [sys.executable, "-m", "benchmarks", "bridge", "--quick", "--output", str(table.RESULTS)]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "--quick would overwrite the recorded results" in refused.stderr
+
+
+def test_a_quick_suite_from_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "bridge", "--quick", "--output", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"bridge-cpu.json", "bridge_conversion.json"}
+    assert "| `JaxFunction`, forward |" in run.stdout
