@@ -122,7 +122,7 @@ class _Mix(torch.autograd.Function):
             tape.backward.products[layer] = torch.mv(cotangents, latest.reshape(-1))
         mixed = None
         if wants_latest:
-            mixed = torch.mv(cotangents.t(), column.to(cotangents.dtype)).view(latest.shape)
+            mixed = torch.mm(column.to(cotangents.dtype)[None], cotangents).view(latest.shape)
         return gradient, mixed, None, None, None, None, None
 
 
