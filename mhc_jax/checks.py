@@ -15,15 +15,20 @@ from jaxtyping import Array
 
 Result = TypeVar("Result")
 
+# Part of the key under which compiled functions are found: one that was compiled without the checks gets them.
+_asked = jax.make_user_context(default_value=False)
+
 
 def expect_finite(value: Any, name: str, **where: int | Array) -> None:
-    """States that all floats of the pytree `value` are finite.
+    """States that all floats of the pytree `value` are finite; nothing is traced unless `report_nonfinite` asks.
 
     Args:
         value: arrays; those of other dtypes are passed over.
         name: what the message says of it, with the names of `where` in braces: `"state of layer {layer}"`.
         where: integers known now or only when the program runs.
     """
+    if not _asked.value:
+        return
     floats = [leaf for leaf in jax.tree.leaves(value) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
     finite = jnp.array([jnp.isfinite(leaf).all() for leaf in floats]).all()
     checkify.debug_check(finite, name + " is not finite", **where)
@@ -56,7 +61,8 @@ def report_nonfinite(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(function)
     def call(*args: Any) -> Result:
-        error, result = checked(*args)
+        with _asked(True):
+            error, result = checked(*args)
         if message := error.get():
             raise FloatingPointError(message.removesuffix(" (`check` failed)"))
         return result
