@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mhc_jax import mix
+from tests.lowering import lowered_for
 
 IMPLEMENTATIONS = [None, "xla", "pallas"]
 SHAPES = [(1, (3,)), (3, (5, 7)), (4, (16, 128)), (5, (3, 64, 129)), (16, (40, 1000))]
@@ -50,8 +51,7 @@ def test_mix_lowers_for_accelerators(implementation, platform, dtype):
     def loss(*arguments):
         return jnp.sum(mix(*arguments, implementation=implementation).astype(jnp.float32) ** 2)
 
-    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-    lowered = step.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    lowered = lowered_for(platform, jax.grad(loss, argnums=(0, 1, 2)), *arguments)
     kernel = {"tpu": "tpu_custom_call", "cuda": "triton"}[platform]
     assert (kernel in lowered) == (implementation == "pallas")
 

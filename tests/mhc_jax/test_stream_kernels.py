@@ -12,6 +12,7 @@ from mhc_jax import streams
 from mhc_jax.nn import HyperConnections
 from mhc_jax.streams import StreamConfig, StreamParams
 from tests import streams_reference as reference
+from tests.lowering import lowered_for
 
 IMPLEMENTATIONS = ["xla", "pallas"]
 CONFIGS = [
@@ -101,8 +102,7 @@ def test_many_blocks_and_half_precision(implementation, config, lead, width, dty
 def test_kernels_lower_for_accelerators(platform, dtype, config):
     params = streams.init_params(config, 640)
     x = jnp.zeros((2, 300, config.streams, 640), dtype)
-    traced = jax.jit(partial(value_and_gradients, config, "pallas")).trace(params, x, x)
-    lowered = traced.lower(lowering_platforms=(platform,)).as_text()
+    lowered = lowered_for(platform, partial(value_and_gradients, config, "pallas"), params, x, x)
     kernels = lowered.count({"tpu": "tpu_custom_call", "cuda": "xla.gpu.triton"}[platform])
     # Forward project, collapse and merge; backward merge, the weights of collapse, and streams with phi.
     assert kernels >= (8 if config.constraint == "sinkhorn" else 6)
