@@ -63,8 +63,14 @@ def test_one_graph_serves_several_passes():
         ours = torch.autograd.grad(states[at].square().sum(), leaves, retain_graph=True)
         expected = torch.autograd.grad(plain[at].square().sum(), leaves, retain_graph=True)
         torch.testing.assert_close(ours, expected)
-    only = torch.autograd.grad(states[-1].sum(), stack.wrapped_modules[3][0].weight)
-    torch.testing.assert_close(only, torch.autograd.grad(plain[-1].sum(), stack.wrapped_modules[3][0].weight))
+    # One that ends before the weights leaves its cotangents behind, and the next begins below them.
+    inner = [stack.wrapped_modules[3][0].weight]
+    for at, wanted in ((6, inner), (4, leaves)):
+        ours = torch.autograd.grad(states[at].square().sum(), wanted, retain_graph=True)
+        expected = torch.autograd.grad(plain[at].square().sum(), wanted, retain_graph=True)
+        torch.testing.assert_close(ours, expected)
+    only = torch.autograd.grad(states[-1].sum(), inner)
+    torch.testing.assert_close(only, torch.autograd.grad(plain[-1].sum(), inner))
 
 
 def test_second_derivatives_of_everything():
