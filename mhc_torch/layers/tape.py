@@ -35,11 +35,14 @@ class Tape:
         self.unbroken = alone and not (
             torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled()
         )
-        self.latest = x
+        self.latest: Tensor | None = x
+        self.rows: Sequence[Any]
         if self.unbroken:
-            self.rows = weights.detach().flatten().unbind()
-            self.columns = _by_slot(weights).unbind()
-            self.token = _Weights.apply(weights, self)
+            values = weights.detach()
+            # On the host, numbers: they are faster to multiply with than tensors. On a GPU, reading them would wait.
+            self.rows = values.flatten().tolist() if values.device.type == "cpu" else values.flatten().unbind()
+            self.columns = _by_slot(values).unbind()
+            self.token: Tensor | None = _Weights.apply(weights, self)
             self.backward: _Backward | None = None
         else:
             self.rows = weights.flatten().unbind()
@@ -61,8 +64,12 @@ class Tape:
                 self.unbroken, self.rows = False, self.weights.flatten().unbind()
                 row = self.rows[end - len(window) : end]
             self.latest = mix(branch, window, row)
+        mixed = self.latest
         self.layer += 1
-        return self.latest
+        if self.layer == self.depth:
+            # Nodes hold the tape, so it must not hold nodes: a graph in a cycle would wait for the garbage collector.
+            self.latest = self.token = None
+        return mixed
 
 
 class _Backward:
@@ -72,17 +79,18 @@ class _Backward:
         self.task = task
         self.products: list[Tensor | None] = [None] * tape.depth
         self.cotangents = like.new_zeros(tape.width, like.numel())
+        self.slots = self.cotangents.view(tape.width, *like.shape).unbind()
 
     def add(self, layer: int, cotangent: Tensor) -> Tensor:
         """All cotangents, with the one of `layer`'s output in its slot."""
-        slot = layer % len(self.cotangents)
+        slot = layer % len(self.slots)
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             # Second derivatives and batches of cotangents cannot follow a write in place.
             rows = list(self.cotangents)
             rows[slot] = cotangent.reshape(-1)
             self.cotangents = torch.stack(rows)
         else:
-            self.cotangents[slot].view(cotangent.shape).copy_(cotangent)
+            self.slots[slot].copy_(cotangent)
         return self.cotangents
 
 
@@ -98,19 +106,24 @@ class _Mix(torch.autograd.Function):
         tape: Tape,
         layer: int,
         window: Sequence[Tensor],
-        row: Sequence[Tensor],
+        row: Sequence[Any],
     ) -> Tensor:
         ctx.tape, ctx.layer = tape, layer
-        ctx.save_for_backward(latest, tape.columns[layer])
-        mixed = torch.addcmul(branch, window[0], row[0])
-        for state, weight in zip(window[1:], row[1:], strict=True):
-            mixed.addcmul_(state, weight)
+        ctx.save_for_backward(latest)
+        if isinstance(row[0], float):
+            mixed = torch.add(branch, window[0], alpha=row[0])
+            for state, weight in zip(window[1:], row[1:], strict=True):
+                mixed.add_(state, alpha=weight)
+        else:
+            mixed = torch.addcmul(branch, window[0], row[0])
+            for state, weight in zip(window[1:], row[1:], strict=True):
+                mixed.addcmul_(state, weight)
         return mixed
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         tape, layer = ctx.tape, ctx.layer
-        latest, column = ctx.saved_tensors
+        (latest,) = ctx.saved_tensors
         # Layers that come later have been here before, unless this pass does not reach them; an earlier pass does not
         # count.
         task = torch._C._current_graph_task_id()
@@ -122,7 +135,8 @@ class _Mix(torch.autograd.Function):
             tape.backward.products[layer] = torch.mv(cotangents, latest.reshape(-1))
         mixed = None
         if wants_latest:
-            mixed = torch.mm(column.to(cotangents.dtype)[None], cotangents).view(latest.shape)
+            column = _by_slot(tape.weights)[layer] if torch.is_grad_enabled() else tape.columns[layer]
+            mixed = torch.mv(cotangents.t(), column.to(cotangents.dtype)).view(latest.shape)
         return gradient, mixed, None, None, None, None, None
 
 

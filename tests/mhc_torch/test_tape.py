@@ -1,5 +1,8 @@
 """Derivatives of MHCSequential, whose layers share their work, against the same sums left to autograd."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -141,3 +144,29 @@ def test_states_of_any_memory_layout_keep_it():
     leaves = [x, *(skip.logits for skip in stack.skip_layers[1:]), convolutions[0].weight]
     expected = torch.autograd.grad(plain_states(stack, x)[-1].square().sum(), leaves)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), leaves), expected)
+
+
+def test_a_graph_is_freed_without_the_garbage_collector():
+    # A graph in a cycle keeps its memory until the collector happens to run: steps then grow the heap by turns.
+    stack = stack_of(6, max_history=3)
+    y = stack(leaf(2, 3))
+    layers = weakref.WeakSet(_nodes(y.grad_fn))
+    y.square().sum().backward()
+    gc.disable()
+    try:
+        del y
+        assert not layers
+    finally:
+        gc.enable()
+
+
+def _nodes(node):
+    """Those nodes of a graph that Python made."""
+    found, left = [], [node]
+    while left:
+        node = left.pop()
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            found.append(node)
+        left += [following for following, _ in node.next_functions if following is not None]
+    assert found
+    return found
