@@ -122,10 +122,12 @@ def convert_file(
         progress(done, total)
         return piece
 
-    write(target, specs, map(count, _pieces(reader, names, found, to)))
+    write(target, specs, map(count, _pieces(reader, names, found, specs, to)))
 
 
-def _pieces(reader: Reader, names: Mapping[str, str], found: Match, to: str) -> Iterator[Piece]:
+def _pieces(
+    reader: Reader, names: Mapping[str, str], found: Match, specs: Mapping[str, Spec], to: str
+) -> Iterator[Piece]:
     """Every array of the target, in parts, in the order of the source: each array of it is read once."""
     here, there = ("jax", "torch") if to == "torch" else ("torch", "jax")
     targets = getattr(found, there)
@@ -135,7 +137,7 @@ def _pieces(reader: Reader, names: Mapping[str, str], found: Match, to: str) -> 
         ours, theirs = getattr(link, here), getattr(link, there)
         links.setdefault(names[ours.path], {})[theirs.index, theirs.rows, id(targets[theirs.path])] = link
     for name in reader.specs:
-        yield from _parts(reader.read(name), links.get(name, {}).values(), names_of, targets, to)
+        yield from _parts(reader.read(name), links.get(name, {}).values(), names_of, specs, to)
     linked = {alias for link in found.links for alias in names_of[getattr(link, there).path]}
     for name in targets.keys() - linked:  # declared to have no counterpart, such as a counter of batches
         array = value(targets[name])
@@ -145,12 +147,12 @@ def _pieces(reader: Reader, names: Mapping[str, str], found: Match, to: str) -> 
 
 
 def _parts(
-    array: np.ndarray, links: Iterable[Link], names: Mapping[str, list[str]], targets: Mapping[str, Any], to: str
+    array: np.ndarray, links: Iterable[Link], names: Mapping[str, list[str]], specs: Mapping[str, Spec], to: str
 ) -> Iterator[Piece]:
     """What one array of the source becomes. When this ends, nothing holds it, and the next can be read."""
     for link in links:
         slot = link.torch if to == "torch" else link.jax
-        shape = tuple(value(targets[slot.path]).shape)
+        shape = specs[slot.path].shape
         values = link.to_torch(array) if to == "torch" else link.to_jax(array, shape)
         for name in names[slot.path]:
             yield Piece(name, slot.start(shape), values)

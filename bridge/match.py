@@ -115,6 +115,7 @@ _TORCH_LISTS = (nn.ModuleList, nn.Sequential, nn.ParameterList)
 class _Matcher:
     def __init__(self, jax: dict[str, Any], torch: dict[str, Tensor]) -> None:
         self.match = Match(jax=jax, torch=torch)
+        self.arrays: dict[str, Mapping[str, Any]] = {"jax": {p: value(leaf) for p, leaf in jax.items()}, "torch": torch}
         self.problems: list[str] = []
         self.expected: dict[str, str] = {}  # where a leaf without a counterpart would have had it
         self.excused: set[str] = set()  # leaves that a rule declares to have none
@@ -193,8 +194,9 @@ class _Matcher:
             rows = (i * theirs.shape[0] // n, (i + 1) * theirs.shape[0] // n)
         link = Link(Slot(jax_path, index), Slot(torch_path, (), rows), rules.Layout(rule.layout))
         self.match.links.append(link)
-        jax_shape, torch_shape = link.jax.shape(value(ours).shape), link.torch.shape(theirs.shape)
-        names = dtype_name(value(ours).dtype), dtype_name(theirs.dtype)
+        array = self.arrays["jax"][jax_path]
+        jax_shape, torch_shape = link.jax.shape(array.shape), link.torch.shape(theirs.shape)
+        names = dtype_name(array.dtype), dtype_name(theirs.dtype)
         if not link.layout.fits(len(jax_shape)) or link.layout.torch_shape(jax_shape) != torch_shape:
             kind = f"shape {jax_shape} in layout {rule.layout!r}"
             self.problems.append(f"jax {link.jax} has {kind}, torch {link.torch} has shape {torch_shape}")
@@ -215,15 +217,14 @@ class _Matcher:
     def uncovered(self) -> Iterator[str]:
         """Leaves that no link reaches, or not all of."""
         for side in ("jax", "torch"):
-            leaves = getattr(self.match, side)
+            leaves, arrays = getattr(self.match, side), self.arrays[side]
             covered: dict[int, dict[tuple, int]] = {}
             for link in self.match.links:
                 slot = getattr(link, side)
-                leaf = leaves[slot.path]
-                size = math.prod(slot.shape(value(leaf).shape))
-                covered.setdefault(id(leaf), {})[slot.index, slot.rows] = size
+                size = math.prod(slot.shape(arrays[slot.path].shape))
+                covered.setdefault(id(leaves[slot.path]), {})[slot.index, slot.rows] = size
             for path, leaf in leaves.items():
-                array, name = value(leaf), f"{side} {path}"
+                array, name = arrays[path], f"{side} {path}"
                 sizes = covered.get(id(leaf), {}).values()
                 if name in self.excused or (sizes and sum(sizes) == math.prod(array.shape)):
                     continue
