@@ -13,6 +13,7 @@ help:
 
 # torch first and alone: whatever asks for it afterwards is content, and no CUDA libraries are fetched.
 .venv/ready: requirements.lock pyproject.toml
+	@echo "Setting up .venv, once: about five minutes and 3 GB ..."
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.lock
