@@ -31,7 +31,8 @@ test: .venv/ready
 	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
 
 docs: .venv/ready
-	$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 clean:
 	rm -rf .venv .cache runs site

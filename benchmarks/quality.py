@@ -187,7 +187,7 @@ def loss_and_accuracy(model: Any, batch: Batch) -> tuple[Float[Array, ""], Float
 def layer_0_norm(grads: nnx.State) -> Float[Array, ""]:
     """Norm of the gradient of the first layer's matrices: what every connection has, its own parameters left out."""
     layers = nnx.to_flat_state(grads["stack"]["layers"])
-    return optax.global_norm([leaf[...][0] for path, leaf in layers if path[-1] == "kernel"])
+    return optax.tree.norm([leaf[...][0] for path, leaf in layers if path[-1] == "kernel"])
 
 
 def train(task: Task, connection: str, depth: int, seeds: int, every: int) -> dict[str, Any]:

@@ -191,8 +191,9 @@ def _arrays(source: str, seed: int) -> tuple[np.ndarray, ...]:
 
 
 def _line(error: Any) -> str:
-    """A message on one line, however many problems it lists."""
-    first, *others = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    """A message with its notes on one line, however many problems it lists."""
+    lines = [*str(error).splitlines(), *getattr(error, "__notes__", [])]
+    first, *others = [line.strip() for line in lines] or [type(error).__name__]
     shown = [first, *others[:3]] + [f"and {len(others) - 3} more"] * (len(others) > 3)
     return " ".join(shown[:1]) + (" " + "; ".join(shown[1:]) if others else "")
 

@@ -60,27 +60,40 @@ def verify(
 
     Raises:
         TypeError: the models are not one of each framework.
-        ValueError: the models do not correspond leaf by leaf; `inputs` holds no array; `steps` is negative.
+        ValueError: the models do not correspond leaf by leaf; `inputs` holds no array, or one that is not finite, or
+            float64 for models of less; `steps` is negative. Errors of the models themselves get a note of the inputs.
     """
     if not (isinstance(jax_model, nnx.Module) and isinstance(torch_model, torch.nn.Module)):
         kinds = f"{type(jax_model).__name__} and {type(torch_model).__name__}"
         raise TypeError(f"jax_model and torch_model must be an nnx.Module and a torch.nn.Module, got {kinds}")
     if steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}")
-    jax_args = _as_inputs(inputs, "inputs")
-    torch_args = jax_args if torch_inputs is None else _as_inputs(torch_inputs, "torch_inputs")
+    jax_args = _as_inputs(inputs, "inputs", torch_model)
+    torch_args = jax_args if torch_inputs is None else _as_inputs(torch_inputs, "torch_inputs", torch_model)
     run = _Verification(jax_model, torch_model, jax_args, torch_args, seed)
     header = _header(torch_model, seed)
-    with full_matmul_precision():
-        return run.report(header, loss, optimizer or default_optimizer(), steps)
+    try:
+        with full_matmul_precision():
+            return run.report(header, loss, optimizer or default_optimizer(), steps)
+    except Exception as error:  # the models raise what they like: it helps to know what they were given
+        for name, given in (("inputs", jax_args), ("torch_inputs", torch_args)):
+            error.add_note(f"{name}: " + ", ".join(f"{x.dtype}{list(x.shape)}" for x in given))
+        raise
 
 
-def _as_inputs(inputs: Any, name: str) -> tuple[np.ndarray, ...]:
+def _as_inputs(inputs: Any, name: str, model: torch.nn.Module) -> tuple[np.ndarray, ...]:
     given = inputs if isinstance(inputs, tuple) else (inputs,)
     if not given or not all(isinstance(x, (np.ndarray, jax.Array, torch.Tensor)) for x in given):
         kinds = ", ".join(type(x).__name__ for x in given) or "nothing"
         raise ValueError(f"{name} must be an array or a tuple of arrays, got {kinds}")
-    return tuple(to_numpy(x) for x in given)
+    arrays = tuple(to_numpy(x) for x in given)
+    widest = max((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), default=8)
+    for i, array in enumerate(arrays):
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name}[{i}] holds NaN or infinity, of which equal outputs would prove nothing")
+        if array.dtype == np.float64 and widest < 8:
+            raise ValueError(f"{name}[{i}] is float64, and no parameter is: pass {name}.astype(numpy.float32)")
+    return arrays
 
 
 class _Verification:

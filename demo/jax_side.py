@@ -98,7 +98,7 @@ def watch(model: Classifier, grads: nnx.State) -> dict[str, Array]:
     """What the report shows of each step: the gradient norm of every layer and, where there is mixing, its weights."""
     if isinstance(model.body, MHCStack):
         return diagnostics.diagnose(model, grads)["body"]
-    return {"grad_norm": jax.vmap(optax.global_norm)(grads["body"]["layers"])}
+    return {"grad_norm": jax.vmap(optax.tree.norm)(grads["body"]["layers"])}
 
 
 @nnx.jit

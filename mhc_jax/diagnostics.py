@@ -147,7 +147,7 @@ def _figures(connection: Any, grads: nnx.State) -> dict[str, Array]:
         figures["gain_forward"], figures["gain_backward"] = composite_gain(window_matrices(gated))
 
     if isinstance(connection, MHCStack):
-        norms = jax.vmap(optax.global_norm)
+        norms = jax.vmap(optax.tree.norm)
         return figures | {"logits_grad_norm": norms(grads["mixing_logits"]), "grad_norm": norms(grads["layers"])}
     if isinstance(connection, MHCSequential):
         # A layer without parameters has no entry among the gradients.
@@ -158,9 +158,9 @@ def _figures(connection: Any, grads: nnx.State) -> dict[str, Array]:
         skips = [layer["skip"] for layer in layers]
     else:
         layers, skips = [], [grads]
-    figures["logits_grad_norm"] = jnp.stack([optax.global_norm(skip["mixing_logits"]) for skip in skips])
+    figures["logits_grad_norm"] = jnp.stack([optax.tree.norm(skip["mixing_logits"]) for skip in skips])
     if layers:
-        figures["grad_norm"] = jnp.stack([jnp.asarray(optax.global_norm(layer), float) for layer in layers])
+        figures["grad_norm"] = jnp.stack([jnp.asarray(optax.tree.norm(layer), float) for layer in layers])
     return figures
 
 
@@ -173,9 +173,9 @@ def _stream_figures(layers: nnx.Module, grads: nnx.State) -> dict[str, Array]:
         found = jax.vmap(partial(_bias_maps, connection.config))(connection.bias[...])._asdict()
         if connection.alpha is not None:
             found["alpha"] = connection.alpha[...]
-        found["maps_grad_norm"] = jax.vmap(optax.global_norm)(learned)
+        found["maps_grad_norm"] = jax.vmap(optax.tree.norm)(learned)
         # The zeros stand for a branch without parameters.
-        found["grad_norm"] = jax.vmap(optax.global_norm)((own.get("branch", {}), jnp.zeros_like(found["pre"])))
+        found["grad_norm"] = jax.vmap(optax.tree.norm)((own.get("branch", {}), jnp.zeros_like(found["pre"])))
         figures.append(found)
     # All branches of the first layer, then those of the second.
     merged = {name: jnp.stack([found[name] for found in figures], 1) for name in figures[0]}

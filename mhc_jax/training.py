@@ -84,6 +84,7 @@ def make_train_step(
 
     Raises:
         ValueError: on the first call, if a metric has a name that the step reports itself.
+        TypeError: on the first call, if `loss_fn` returns something else.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -104,7 +105,12 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         def loss_and_rest(params: nnx.State) -> tuple[Float[Array, ""], tuple[Metrics, nnx.State]]:
             model = replace(state, params=params).model
-            loss, metrics = loss_fn(model, batch)
+            result = loss_fn(model, batch)
+            if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+                raise TypeError(
+                    f"loss_fn must return (loss, metrics), where metrics is a dict, maybe {{}}; got {result}"
+                )
+            loss, metrics = result
             return loss, (metrics, nnx.state(model, nnx.Not(nnx.Param)))
 
         (loss, (metrics, rest)), grads = jax.value_and_grad(loss_and_rest, has_aux=True)(state.params)
@@ -114,7 +120,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new_state = replace(state, step=state.step + 1, params=params, rest=rest, opt_state=opt_state)
-        report = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        report = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         if diagnose is not None:
             report["diagnostics"] = diagnose(replace(state, rest=rest).model, grads)
         if clash := report.keys() & metrics.keys():

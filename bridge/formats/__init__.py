@@ -48,9 +48,12 @@ def write(path: str | os.PathLike[str], specs: Mapping[str, Spec], pieces: Itera
 
     Raises:
         FileExistsError: an Orbax directory exists already: those are never written over.
+        FileNotFoundError: the directory that `path` is in does not exist.
         ValueError: the format is unknown, or cannot hold one of the arrays.
     """
     path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"path: there is no directory {path.parent} to write {path.name} to")
     if path.suffix == ".safetensors":
         write_safetensors(path, specs, pieces)
     elif path.suffix in _TORCH_SUFFIXES:

@@ -57,6 +57,10 @@ class MHCSequential(nnx.Module):
         rngs: nnx.Rngs | None = None,
         **options: Any,
     ) -> None:
+        if isinstance(modules, nnx.Module):
+            raise TypeError(
+                f"modules must be an iterable of modules, [first, second, ...]; got {type(modules).__name__}"
+            )
         config = as_config(config, max_history, options)
         self.config = config
         self.policy = policy

@@ -60,6 +60,9 @@ class MHCStack(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
+        if isinstance(make_layer, nnx.Module):
+            kind = type(make_layer).__name__
+            raise TypeError(f"make_layer must make a layer from nnx.Rngs, as lambda rngs: {kind}(...); got a {kind}")
         self.config = as_config(config, max_history, options)
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth!r}")

@@ -54,6 +54,9 @@ class MHCSequential(nn.Module):
         init: str | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(modules, Iterable):
+            kind = type(modules).__name__
+            raise TypeError(f"modules must be an iterable of modules, [first, second, ...]; got {kind}")
         self.wrapped_modules = nn.ModuleList(modules)
         config = resolve_config(
             max_history=max_history,

@@ -75,13 +75,15 @@ def inject_mhc(
         The same model, with a method `clear_history()`.
 
     Raises:
-        TypeError: no module was given, or a setting is unknown.
+        TypeError: no module was given, target_types holds something else than classes, or a setting is unknown.
         ValueError: there is no target in the model, a target is an nn.Sequential, or a setting is outside its range.
     """
     root = module if module is not None else model
     if not isinstance(root, nn.Module) or (module is not None and model is not None):
         raise TypeError(f"module must be one torch.nn.Module, got {type(root).__name__}")
     types = (target_types,) if isinstance(target_types, type) else tuple(target_types or ())
+    if any(not isinstance(target, type) for target in types):
+        raise TypeError(f"target_types must be classes, got {target_types!r}; a name goes to target_class_name")
     if not types and target_class_name is None:
         raise ValueError("give target_types, target_class_name or both")
     config = resolve_config(

@@ -409,6 +409,12 @@ def test_wrong_formats_are_refused(tmp_path):
         bridge.load(tmp_path / "nothing.pt")
 
 
+def test_a_directory_that_does_not_exist_is_named(tmp_path):
+    for name in ("x.safetensors", "x.pt", "x.orbax"):
+        with pytest.raises(FileNotFoundError, match=r"there is no directory .*/missing to write"):
+            bridge.save(tmp_path / "missing" / name, {"x": np.ones(3)})
+
+
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
     for suffix in FORMATS[:2]:
         bridge.save(tmp_path / f"x{suffix}", {"a": np.zeros(3)})

@@ -202,6 +202,8 @@ def test_logits_are_compared_as_distributions() -> None:
         ({"torch_model": nnx.Linear(1, 1, rngs=nnx.Rngs(0))}, TypeError, "torch_model"),
         ({"torch_model": nn.Linear(8, 5)}, ValueError, "do not correspond"),
         ({"inputs": [1.0]}, ValueError, "inputs"),
+        ({"inputs": np.full((4, 8), np.nan, np.float32)}, ValueError, r"inputs\[0\] holds NaN"),
+        ({"inputs": np.ones((4, 8))}, ValueError, r"inputs\[0\] is float64"),
         ({"steps": -1}, ValueError, "steps"),
     ],
 )

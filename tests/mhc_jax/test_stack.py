@@ -172,6 +172,10 @@ def test_errors_say_in_which_layer_they_came_up():
         MHCStack(lambda rngs: nnx.Linear(4, 8, rngs=rngs), 3, rngs=rngs)(jnp.ones((2, 4)))
     with pytest.raises(ValueError, match="at least one module"):
         MHCSequential([])
+    with pytest.raises(TypeError, match="modules must be an iterable of modules"):
+        MHCSequential(nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs))
+    with pytest.raises(TypeError, match=r"make_layer must make a layer from nnx\.Rngs"):
+        MHCStack(nnx.Linear(4, 4, rngs=rngs), 3, rngs=rngs)
     with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         MHCStack(linear, 0, rngs=rngs)
     with pytest.raises(ValueError, match="auto_project"):

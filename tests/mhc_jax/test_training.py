@@ -60,7 +60,7 @@ def test_a_step_is_the_optimizer_applied_to_the_gradient():
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     expected = optax.apply_updates(params, updates)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
-    np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
     assert metrics["accuracy"] == aux["accuracy"]
     assert state.step == 1
     # Adam's first update is ±lr however small a gradient: compare where rounding cannot turn its sign.
@@ -87,6 +87,13 @@ def test_a_metric_must_not_take_the_name_of_another():
     optimizer = optax.sgd(0.1)
     step = make_train_step(lambda model, batch: (loss_fn(model, batch)[0], {"loss": 0.0}), optimizer)
     with pytest.raises(ValueError, match=r"\['loss'\]"):
+        step(TrainState.create(Model(nnx.Rngs(0)), optimizer), make_batch())
+
+
+def test_a_loss_comes_with_metrics():
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(lambda model, batch: loss_fn(model, batch)[0], optimizer)
+    with pytest.raises(TypeError, match="loss_fn must return"):
         step(TrainState.create(Model(nnx.Rngs(0)), optimizer), make_batch())
 
 

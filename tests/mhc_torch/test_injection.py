@@ -201,6 +201,7 @@ class Dictionary(nn.Module):
         (lambda: inject_mhc(nn.ReLU(), nn.Linear), ValueError, "ReLU holds no module of"),
         (lambda: inject_mhc(nn.ReLU()), ValueError, "target_types, target_class_name"),
         (lambda: inject_mhc(None, nn.Linear), TypeError, "module must be one"),
+        (lambda: inject_mhc(nn.Linear(2, 2), "Linear"), TypeError, "a name goes to target_class_name"),
         (lambda: inject_mhc(nn.Linear(2, 2), nn.Linear, history_scope="all"), ValueError, "history_scope"),
         (lambda: inject_mhc(nn.Linear(2, 2), nn.Linear, depth=3), TypeError, "depth"),
         (lambda: inject_mhc(nn.Sequential(), nn.Sequential), ValueError, "Sequential"),

@@ -269,6 +269,7 @@ def test_mark_leaves_the_class_as_it_is():
         (lambda: HistoryBuffer().append([1.0]), TypeError, "x must be a tensor, got list"),
         (lambda: MatrixMHCSkip(iterations=0), ValueError, "iterations must be at least 1, got 0"),
         (lambda: MHCSequential([nn.ReLU(), "relu"]), TypeError, "str"),
+        (lambda: MHCSequential(nn.ReLU(), nn.ReLU()), TypeError, "modules must be an iterable of modules"),
     ],
 )
 def test_bad_input_is_named(call, error, message):
