@@ -1,5 +1,6 @@
 """`python -m demo`: train on real digits in both frameworks, prove that they agree, write runs/demo/report.html."""
 
+import argparse
 import shutil
 import sys
 import time
@@ -42,7 +43,7 @@ def main() -> int:
     jax_run, model = jax_side.train("mHC (JAX)", start, train_split, test_split)
     torch_run = torch_side.train("mHC (PyTorch)", net, train_split, test_split, RUN / "tensorboard")
     others = [
-        jax_side.train(name, jax_side.Classifier(name, rngs=nnx.Rngs(SEED)), train_split, test_split)[0]
+        jax_side.train(f"{name} (JAX)", jax_side.Classifier(name, rngs=nnx.Rngs(SEED)), train_split, test_split)[0]
         for name in ("residual", "plain")
     ]
     reloads = check_reloads(model, net, test_split, RUN / "checkpoints")
@@ -73,4 +74,5 @@ def _verdict(learned: bool, agrees: bool) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m demo", description=__doc__).parse_args()
     sys.exit(main())

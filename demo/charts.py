@@ -16,8 +16,8 @@ INK, MUTED, GRID = "#1d2733", "#6b7785", "#e3e8ee"
 COLOURS = {
     "mHC (JAX)": "#2563c9",
     "mHC (PyTorch)": "#e07b00",
-    "residual": "#2f9e72",
-    "plain": "#8b95a1",
+    "residual (JAX)": "#2f9e72",
+    "plain (JAX)": "#8b95a1",
 }
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",

@@ -53,7 +53,8 @@ def write_report(path: Path, runs: Sequence[Run], agreement: Sequence[Check], re
         "window": window,
         "learning": charts.learning(runs),
         "accuracy_table": _table(
-            ["network", "training loss, last 20 steps", "held-out accuracy", "training time"], accuracy_rows
+            ["network", "training loss, last 20 steps", "held-out accuracy", "time with compiling and logging"],
+            accuracy_rows,
         ),
         "gradients": charts.gradients(runs),
         "heatmaps": charts.heatmaps(mixed),

@@ -523,4 +523,7 @@ def _check_streams(phi: Array | None, streams: Array, config: StreamConfig, colu
         )
     features = config.streams * streams.shape[-1]
     if phi is not None and phi.shape != (features, columns):
-        raise ValueError(f"phi must have shape {(features, columns)}, got {phi.shape}")
+        raise ValueError(
+            f"phi must have shape {(features, columns)} for streams of width {streams.shape[-1]}, got {phi.shape}: "
+            f"it was made for width {phi.shape[0] // config.streams}"
+        )

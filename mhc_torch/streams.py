@@ -471,4 +471,7 @@ def check_streams(phi: Tensor | None, streams: Tensor, config: StreamConfig, col
         )
     features = config.streams * streams.shape[-1]
     if phi is not None and phi.shape != (features, columns):
-        raise ValueError(f"phi must have shape {(features, columns)}, got {tuple(phi.shape)}")
+        raise ValueError(
+            f"phi must have shape {(features, columns)} for streams of width {streams.shape[-1]}, "
+            f"got {tuple(phi.shape)}: it was made for width {phi.shape[0] // config.streams}"
+        )

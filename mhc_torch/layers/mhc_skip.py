@@ -149,8 +149,10 @@ class MHCSkip(nn.Module):
 
         Raises:
             ValueError: shapes or devices of the states differ from those of x, and auto_project does not help.
-            TypeError: their dtype differs outside of autocast.
+            TypeError: their dtype differs outside of autocast; history is no list or tuple of tensors.
         """
+        if not isinstance(history, (list, tuple)):
+            raise TypeError(f"history must be a list of tensors, got {type(history).__name__}")
         window = list(history[-1:] if self.mode == "residual" else history[-self.max_history :])
         gate_logit = self.gate_logit if self.use_gating else None
         if self.live != len(window):  # writing an attribute of a module takes as long as mixing a state

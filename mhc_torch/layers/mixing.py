@@ -63,6 +63,8 @@ def check_window(states: Sequence[Tensor], x: Tensor) -> bool:
     """
     shape, device, dtype, of_one_dtype = x.shape, x.device, x.dtype, True
     for state in states:
+        if not isinstance(state, Tensor):
+            raise TypeError(f"history must be a list of tensors, got a {type(state).__name__} in it")
         if state.shape != shape:
             hint = "set auto_project=True to map the width of past states"
             if state.shape[:1] != shape[:1] and state.shape[1:] == shape[1:]:

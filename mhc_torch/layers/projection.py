@@ -52,7 +52,8 @@ class HistoryProjection(nn.Module):
         if self.weight.shape[:2] != (x.shape[axis], state.shape[axis]):
             raise ValueError(
                 f"this projection maps width {self.weight.shape[1]} to {self.weight.shape[0]}, "
-                f"history has width {state.shape[axis]}, x {x.shape[axis]}: all past states may have one other width"
+                f"history has width {state.shape[axis]}, x {x.shape[axis]}: all past states may have one other width, "
+                "so change it once in max_history layers, or outside of the stack"
             )
         return F.conv2d(state, self.weight) if x.ndim == 4 else F.linear(state, self.weight)
 

@@ -182,7 +182,18 @@ def test_report_as_table_json_and_page(tmp_path) -> None:
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
     assert page.count("<tr") == len(report.rows) + 1
     assert page.count('class="bad"') == sum(not row.ok for row in report.rows)
-    assert not list(tmp_path.glob("*.tmp"))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["report.html", "report.json"]
+    assert "SNR dB" not in str(report)
+    assert len(report.table(full=True).splitlines()) == len(report.rows) + 2
+    assert "SNR dB" in report.table(full=True)
+
+
+def test_outputs_that_are_nan_in_both_are_no_proof():
+    jax_model, torch_model = pairs.chain()
+    torch_model.head.bias.data[0] = torch.nan
+    bridge.convert(torch_model, jax_model)
+    report = bridge.verify(jax_model, torch_model, **pairs.inputs(pairs.chain))
+    assert "note: output 0 holds NaN or infinity in both models" in str(report)
 
 
 def test_logits_are_compared_as_distributions() -> None:

@@ -1,6 +1,9 @@
 """The main job on a smaller network: it must learn, agree, reload, write its page, and say so when it does not."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +34,20 @@ def test_demo_learns_agrees_and_writes_its_page(small: Path, capsys: pytest.Capt
     assert not re.search(r'src="|<link|@import|href="http', page)  # nothing is fetched
     assert (small / "runs/demo/checkpoints/net.safetensors").exists()
     assert list((small / "runs/demo/tensorboard").glob("events*"))
+
+
+def test_help_leaves_the_last_run_alone(tmp_path: Path) -> None:
+    page = tmp_path / "runs/demo/report.html"
+    page.parent.mkdir(parents=True)
+    page.touch()
+    root = Path(demo.__main__.__file__).parents[1]
+    command = [sys.executable, "-m", "demo", "--help"]
+    shown = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "usage: python -m demo" in shown.stdout
+    assert page.exists()
 
 
 class OtherEpsilon(torch_side.Block):
