@@ -146,9 +146,12 @@ def measure(name: str, ours: nnx.Module, theirs: nn.Module, seconds: float) -> d
         if back.read_bytes() != torch_file.read_bytes():
             raise AssertionError(f"{name} did not come back bit for bit")
 
+        # A file of its own: to truncate one that a conversion wrote makes the disk discard its blocks meanwhile.
+        copied = Path(folder) / "copied"
+
         def copy() -> None:
-            shutil.copyfile(torch_file, back)
-            with back.open("rb+") as file:
+            shutil.copyfile(torch_file, copied)
+            with copied.open("rb+") as file:
                 os.fsync(file.fileno())  # as the conversion does
 
         candidates: dict[str, Callable[[], object]] = {
