@@ -110,7 +110,7 @@ def heatmaps(runs: Sequence[Run]) -> str:
             yticklabels=[1, *range(10, depth + 1, 10)],
         )
         axes.grid(False)
-    figure.colorbar(shown, ax=panels, label="weight", shrink=0.8)
+    figure.colorbar(shown, ax=panels, label="weight", shrink=0.8, extend="max")
     return _svg(figure)
 
 
