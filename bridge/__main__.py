@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import importlib.util
-import os
 import re
 import sys
 import time
@@ -184,7 +183,7 @@ def _arrays(source: str, seed: int) -> tuple[np.ndarray, ...]:
         generator = np.random.default_rng(seed)
         shapes = [tuple(map(int, shape.split("x"))) for shape in source.split(",")]
         return tuple(generator.standard_normal(shape).astype(np.float32) for shape in shapes)
-    if not os.path.exists(source):
+    if not Path(source).exists():
         raise FileNotFoundError(f"--inputs: {source} is neither a file nor shapes such as 8x64 or 8x64,8")
     if source.endswith(".npy"):
         return (np.load(source, allow_pickle=False),)

@@ -3,11 +3,11 @@
 import html
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bridge.formats.base import replacing
 from bridge.metrics import Figures
 
 
@@ -176,8 +176,6 @@ def _strict(tree: Any) -> Any:
 
 def _written(text: str, path: str | Path | None) -> str:
     if path is not None:
-        path = Path(path)
-        new = path.with_name(f".{path.name}.{os.getpid()}.new")
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, path)
+        with replacing(Path(path)) as new:
+            new.write_text(text, encoding="utf-8")
     return text

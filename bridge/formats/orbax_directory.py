@@ -37,9 +37,9 @@ class OrbaxReader(Reader):
             raise ValueError(f"path: {path} is not an Orbax checkpoint, or it is damaged: {error}") from None
         if checksums and checksums.keys() != self._arrays.keys():
             raise ValueError(f"path: {path} lost or gained {sorted(checksums.keys() ^ self._arrays.keys())}")
-        for name, array in self._arrays.items():
-            check(path, name, array, checksums.get(name))
         self.specs = {name: Spec(dtype_name(x.dtype), x.shape) for name, x in self._arrays.items()}
+        for name, array in self._arrays.items():
+            check(path, name, self.specs[name], [as_bytes(array)], checksums.get(name))
 
     def read(self, name: str) -> np.ndarray:
         return self._arrays[name]

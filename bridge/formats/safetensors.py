@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bridge.arrays import assign, numpy_dtype
-from bridge.formats.base import Piece, Reader, Spec, as_bytes, checksum, parse_json, replacing
+from bridge.formats.base import Piece, Reader, Spec, as_bytes, check, checksum, parse_json, replacing
 
 _CHUNK = 1 << 24  # bytes; bounds what the writer holds beside the array that it was given
 _CACHED = 1 << 19  # bytes that are read at once, so that they are still in the cache when they are looked at
@@ -70,18 +70,10 @@ class SafetensorsReader(Reader):
         array = np.empty(spec.shape, numpy_dtype(spec.dtype))
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._data + self._offsets[name])
-            found = checksum(name, spec, self._fill(file, as_bytes(array)))
-        if found != self._checksums.get(name, found):
-            raise ValueError(f"path: {name} in {self.path} is damaged, its checksum does not match")
+            values = as_bytes(array)
+            parts = (values[start : start + _CACHED] for start in range(0, len(values), _CACHED))
+            check(self.path, name, spec, _filled(file, parts), self._checksums.get(name))
         return array
-
-    def _fill(self, file: FileIO, target: memoryview) -> Iterator[memoryview]:
-        """Reads into all of `target`, in parts that are still in the cache when the caller looks at them."""
-        for start in range(0, len(target), _CACHED):
-            part = target[start : start + _CACHED]
-            if file.readinto(part) != len(part):
-                raise ValueError(f"{self.path} was cut short while it was read")
-            yield part
 
 
 def write_safetensors(path: Path, specs: Mapping[str, Spec], pieces: Iterable[Piece]) -> None:
@@ -116,7 +108,10 @@ def write_safetensors(path: Path, specs: Mapping[str, Spec], pieces: Iterable[Pi
             del values, block  # or they would be held while the next array is read
         file.seek(data)  # in this order, the tensors follow upon each other
         buffer = memoryview(bytearray(_CACHED))
-        checksums = {name: checksum(name, specs[name], _read(file, specs[name].nbytes, buffer)) for name in order}
+        checksums = {}
+        for name in order:
+            parts = (buffer[: specs[name].nbytes - start] for start in range(0, specs[name].nbytes, _CACHED))
+            checksums[name] = checksum(name, specs[name], _filled(file, parts))
         file.seek(0)
         file.write(struct.pack("<Q", len(draft)) + header(checksums))
 
@@ -132,12 +127,12 @@ def _reserve(file: BufferedRandom, size: int) -> None:
         file.truncate(size)
 
 
-def _read(file: BufferedRandom, size: int, buffer: memoryview) -> Iterator[memoryview]:
-    """The next `size` bytes, in parts that are good until the next one is asked for."""
-    while size:
-        count = file.readinto(buffer[:size])
-        yield buffer[:count]
-        size -= count
+def _filled(file: BufferedRandom | FileIO, parts: Iterable[memoryview]) -> Iterator[memoryview]:
+    """Each part, with the next bytes of the file read into it."""
+    for part in parts:
+        if file.readinto(part) != len(part):
+            raise ValueError(f"{file.name} was cut short while it was read")
+        yield part
 
 
 def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:

@@ -24,6 +24,19 @@ def mix(
     return x
 
 
+def accumulate(x: Tensor, states: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:
+    """x + sum_k weights[k] * states[k] in one new tensor; the weights are numbers, or tensors of one element."""
+    if isinstance(weights[0], float):
+        mixed = torch.add(x, states[0], alpha=weights[0])
+        for state, weight in zip(states[1:], weights[1:], strict=True):
+            mixed.add_(state, alpha=weight)
+    else:
+        mixed = torch.addcmul(x, states[0], weights[0])
+        for state, weight in zip(states[1:], weights[1:], strict=True):
+            mixed.addcmul_(state, weight)
+    return mixed
+
+
 class _Mix(torch.autograd.Function):
     """The same sum as one node of the graph, which keeps references to the states and no product.
 
@@ -34,10 +47,7 @@ class _Mix(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *weights_and_states: Tensor) -> Tensor:
         ctx.save_for_backward(*weights_and_states)
         k = len(weights_and_states) // 2
-        mixed = torch.addcmul(x, weights_and_states[k], weights_and_states[0])
-        for weight, state in zip(weights_and_states[1:k], weights_and_states[k + 1 :], strict=True):
-            mixed.addcmul_(state, weight)
-        return mixed
+        return accumulate(x, weights_and_states[k:], weights_and_states[:k])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

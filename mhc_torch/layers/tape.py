@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mhc_torch.layers.mixing import check_window, mix
+from mhc_torch.layers.mixing import accumulate, check_window, mix
 
 
 class Tape:
@@ -80,6 +80,8 @@ class _Backward:
         self.products: list[Tensor | None] = [None] * tape.depth
         self.cotangents = like.new_zeros(tape.width, like.numel())
         self.slots = self.cotangents.view(tape.width, *like.shape).unbind()
+        # Second derivatives need the weights with their graph.
+        self.columns = _by_slot(tape.weights).unbind() if torch.is_grad_enabled() else tape.columns
 
     def add(self, layer: int, cotangent: Tensor) -> Tensor:
         """All cotangents, with the one of `layer`'s output in its slot."""
@@ -110,15 +112,7 @@ class _Mix(torch.autograd.Function):
     ) -> Tensor:
         ctx.tape, ctx.layer = tape, layer
         ctx.save_for_backward(latest)
-        if isinstance(row[0], float):
-            mixed = torch.add(branch, window[0], alpha=row[0])
-            for state, weight in zip(window[1:], row[1:], strict=True):
-                mixed.add_(state, alpha=weight)
-        else:
-            mixed = torch.addcmul(branch, window[0], row[0])
-            for state, weight in zip(window[1:], row[1:], strict=True):
-                mixed.addcmul_(state, weight)
-        return mixed
+        return accumulate(branch, window, row)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -135,8 +129,8 @@ class _Mix(torch.autograd.Function):
             tape.backward.products[layer] = torch.mv(cotangents, latest.reshape(-1))
         mixed = None
         if wants_latest:
-            column = _by_slot(tape.weights)[layer] if torch.is_grad_enabled() else tape.columns[layer]
-            mixed = torch.mv(cotangents.t(), column.to(cotangents.dtype)).view(latest.shape)
+            column = tape.backward.columns[layer].to(cotangents.dtype)
+            mixed = torch.mv(cotangents.t(), column).view(latest.shape)
         return gradient, mixed, None, None, None, None, None
 
 

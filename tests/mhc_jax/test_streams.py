@@ -188,7 +188,10 @@ def test_bad_input_is_refused():
     layer = streams.wrap(lambda h: h, config)
     with pytest.raises(ValueError, match=r"streams must have shape \(..., 4, width\), got \(3, 8\)"):
         layer(params, jnp.ones((3, 8)))
-    with pytest.raises(ValueError, match=r"streams of width 9, got \(32, 24\): it was made for width 8"):
+    with pytest.raises(
+        ValueError,
+        match=r"phi must have shape \(36, 24\) .* width 9, got \(32, 24\): it was made for width 8",
+    ):
         layer(params, jnp.ones((3, 4, 9)))
     with pytest.raises(TypeError, match="floating dtype, got int32"):
         layer(params, x.astype(int))
@@ -203,7 +206,7 @@ def test_bad_input_is_refused():
     head = streams.init_head_params(config, 8)
     with pytest.raises(ValueError, match=r"streams must have shape \(..., 4, width\), got \(3, 2, 16\)"):
         streams.head(head, jnp.ones((3, 2, 16)), config)
-    with pytest.raises(ValueError, match=r"streams of width 9, got \(32, 4\)"):
+    with pytest.raises(ValueError, match=r"phi must have shape \(36, 4\) for streams of width 9, got \(32, 4\)"):
         streams.head(head, jnp.ones((3, 4, 9)), config)
     with pytest.raises(ValueError, match="width must be at least 1, got 0"):
         streams.init_params(config, 0)

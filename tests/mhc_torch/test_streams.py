@@ -153,7 +153,10 @@ def test_bad_input_is_refused():
     x = torch.ones(3, 4, 8)
     with pytest.raises(ValueError, match=r"streams must have shape \(..., 4, width\), got \(3, 8\)"):
         layer(torch.ones(3, 8))
-    with pytest.raises(ValueError, match=r"streams of width 9, got \(32, 24\): it was made for width 8"):
+    with pytest.raises(
+        ValueError,
+        match=r"phi must have shape \(36, 24\) .* width 9, got \(32, 24\): it was made for width 8",
+    ):
         layer(torch.ones(3, 4, 9))
     with pytest.raises(TypeError, match=r"floating dtype, got torch.int64"):
         layer(x.long())
@@ -167,7 +170,7 @@ def test_bad_input_is_refused():
         streams.expand(x, 0)
     with pytest.raises(ValueError, match=r"streams must have shape \(..., 4, width\), got \(3, 2, 16\)"):
         StreamHead(8)(torch.ones(3, 2, 16))
-    with pytest.raises(ValueError, match=r"streams of width 9, got \(32, 4\)"):
+    with pytest.raises(ValueError, match=r"phi must have shape \(36, 4\) for streams of width 9, got \(32, 4\)"):
         StreamHead(8)(torch.ones(3, 4, 9))
     with pytest.raises(ValueError, match="width must be at least 1, got 0"):
         HyperConnections(nn.Identity(), 0)
