@@ -11,7 +11,8 @@ def _scale(logits: Tensor, temperature: float) -> Tensor:
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1 else logits / temperature
 
 
 def project_simplex(logits: Float[Tensor, "*batch k"], temperature: float = 1.0) -> Float[Tensor, "*batch k"]:

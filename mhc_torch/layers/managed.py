@@ -107,14 +107,15 @@ class MHCSequential(nn.Module):
         None where they cannot be: skips that no longer share their settings project for themselves.
         """
         skips: list[Any] = list(self.skip_layers)
-        first = skips[0] if skips else None
-        if first is None or first.mode == "residual" or any(skip.config is not first.config for skip in skips):
+        configs = [skip.config for skip in skips]
+        if not skips or configs.count(configs[0]) < len(skips) or configs[0].mode == "residual":
             return None
+        first = skips[0]
         states = len(self.history_buffer)
         logits = torch.stack([skip.mixing_logits for skip in skips])
         window = logits.shape[1]
-        live = torch.arange(states, states + len(skips), device=logits.device)[:, None]
-        dead = torch.arange(window, 0, -1, device=logits.device) > live
+        # Layer l has states + l past states; the columns c before those, c + l < window - states, are dead.
+        dead = (torch.arange(window + len(skips) - 1, device=logits.device) < window - states).unfold(0, window, 1)
         gate_logits = torch.stack([skip.gate_logit for skip in skips]) if first.use_gating else None
         weights = first.coefficients(logits.masked_fill(dead, -math.inf), gate_logits)
         # Tensors that are kept without their graph get no gradient to share.

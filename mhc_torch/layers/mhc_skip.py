@@ -153,8 +153,9 @@ class MHCSkip(nn.Module):
         """
         if not isinstance(history, (list, tuple)):
             raise TypeError(f"history must be a list of tensors, got {type(history).__name__}")
-        window = list(history[-1:] if self.mode == "residual" else history[-self.max_history :])
-        gate_logit = self.gate_logit if self.use_gating else None
+        config = self.config
+        window = history[-1:] if config.mode == "residual" else history[-config.max_history :]
+        gate_logit = self.gate_logit if config.use_gating else None
         if self.live != len(window):  # writing an attribute of a module takes as long as mixing a state
             self.live = len(window)
         if not window:
@@ -162,7 +163,7 @@ class MHCSkip(nn.Module):
             return x + 0 * self.coefficients(self.mixing_logits, gate_logit).sum()
         if self.projection is not None:
             window = self.projection(window, x)
-        if self.mode == "residual":
+        if config.mode == "residual":
             check_window(window, x)
             return x + window[0]
         if tape is not None:

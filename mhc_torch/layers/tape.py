@@ -13,9 +13,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from mhc_torch.layers.mixing import accumulate, check_window, mix
+# torch.autograd.Function without the search for transforms of torch.func, which takes as long as an operation; a tape
+# has ruled them out.
+from torch.autograd.function import _SingleLevelFunction
+
+from mhc_torch.layers.mixing import accumulate, mix
 
 
 class Tape:
@@ -42,7 +46,6 @@ class Tape:
             # On the host, numbers: they are faster to multiply with than tensors. On a GPU, reading them would wait.
             self.rows = values.flatten().tolist() if values.device.type == "cpu" else values.flatten().unbind()
             self.columns = _by_slot(values).unbind()
-            self.token: Tensor | None = _Weights.apply(weights, self)
             self.backward: _Backward | None = None
         else:
             self.rows = weights.flatten().unbind()
@@ -51,25 +54,29 @@ class Tape:
         """The next state: `branch`, the output of the next layer, and the weighted sum of the states in `window`.
 
         Raises:
-            ValueError, TypeError: as check_window.
+            ValueError, TypeError: as mhc_torch.layers.mixing.mix.
         """
         end = (self.layer + 1) * self.width
         row = self.rows[end - len(window) : end]
         # A hook may have put another tensor in place of a state, and autocast another dtype; from there on, every
         # state gets its gradient by an edge of its own.
-        if self.unbroken and window[-1] is self.latest and check_window(window[-1:], branch):
-            self.latest = _Mix.apply(branch, window[-1], self.token, self, self.layer, window, row)
+        latest = window[-1]
+        if self.unbroken and latest is self.latest and _alike(branch, latest):
+            mixed = _Mix.apply(branch, latest, self.weights, self, self.layer, window, row)  # type: ignore[attr-defined]
         else:
             if self.unbroken:
                 self.unbroken, self.rows = False, self.weights.flatten().unbind()
                 row = self.rows[end - len(window) : end]
-            self.latest = mix(branch, window, row)
-        mixed = self.latest
+            mixed = mix(branch, window, row)
         self.layer += 1
-        if self.layer == self.depth:
-            # Nodes hold the tape, so it must not hold nodes: a graph in a cycle would wait for the garbage collector.
-            self.latest = self.token = None
+        # Nodes hold the tape, so in the end it must not hold a node: a graph in a cycle would wait for the garbage
+        # collector.
+        self.latest = mixed if self.layer < self.depth else None
         return mixed
+
+
+def _alike(branch: Tensor, state: Tensor) -> bool:
+    return branch.shape == state.shape and branch.dtype == state.dtype and branch.device == state.device
 
 
 class _Backward:
@@ -79,32 +86,41 @@ class _Backward:
         self.task = task
         self.products: list[Tensor | None] = [None] * tape.depth
         self.cotangents = like.new_zeros(tape.width, like.numel())
+        self.transposed = self.cotangents.t()
         self.slots = self.cotangents.view(tape.width, *like.shape).unbind()
         # Second derivatives need the weights with their graph.
-        self.columns = _by_slot(tape.weights).unbind() if torch.is_grad_enabled() else tape.columns
+        columns = _by_slot(tape.weights).unbind() if torch.is_grad_enabled() else tape.columns
+        self.columns = columns if columns[0].dtype == like.dtype else [column.to(like.dtype) for column in columns]
 
-    def add(self, layer: int, cotangent: Tensor) -> Tensor:
-        """All cotangents, with the one of `layer`'s output in its slot."""
+    def put(self, layer: int, cotangent: Tensor) -> None:
+        """The cotangent of `layer`'s output comes into its slot."""
         slot = layer % len(self.slots)
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             # Second derivatives and batches of cotangents cannot follow a write in place.
             rows = list(self.cotangents)
             rows[slot] = cotangent.reshape(-1)
             self.cotangents = torch.stack(rows)
+            self.transposed = self.cotangents.t()
         else:
             self.slots[slot].copy_(cotangent)
-        return self.cotangents
+
+    def gradient_of_weights(self) -> Float[Tensor, "L H"]:
+        found = next(row for row in self.products if row is not None)
+        return _by_layer(torch.stack([torch.zeros_like(found) if row is None else row for row in self.products]))
 
 
-class _Mix(torch.autograd.Function):
-    """One layer's mix. Backward, it passes on the gradient of all mixes of its latest state, its own among them."""
+class _Mix(_SingleLevelFunction):
+    """One layer's mix. Backward, it passes on the gradient of all mixes of its latest state, its own among them.
+
+    The first layer, whose turn comes last, passes on the gradient of all weights.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         branch: Tensor,
         latest: Tensor,
-        token: Tensor,
+        weights: Tensor,
         tape: Tape,
         layer: int,
         window: Sequence[Tensor],
@@ -121,52 +137,42 @@ class _Mix(torch.autograd.Function):
         # Layers that come later have been here before, unless this pass does not reach them; an earlier pass does not
         # count.
         task = torch._C._current_graph_task_id()
-        if tape.backward is None or tape.backward.task != task:
-            tape.backward = _Backward(task, tape, gradient)
-        cotangents = tape.backward.add(layer, gradient)
+        past = tape.backward
+        if past is None or past.task != task:
+            past = tape.backward = _Backward(task, tape, gradient)
+        past.put(layer, gradient)
         _, wants_latest, wants_weights, *_ = ctx.needs_input_grad
-        if wants_weights:
-            tape.backward.products[layer] = torch.mv(cotangents, latest.reshape(-1))
-        mixed = None
+        of_latest = of_weights = None
         if wants_latest:
-            column = tape.backward.columns[layer].to(cotangents.dtype)
-            mixed = torch.mv(cotangents.t(), column).view(latest.shape)
-        return gradient, mixed, None, None, None, None, None
+            of_latest = torch.mv(past.transposed, past.columns[layer]).view_as(latest)
+        if wants_weights:
+            past.products[layer] = torch.mv(past.cotangents, latest.reshape(-1))
+        if layer == 0:
+            of_weights = past.gradient_of_weights() if wants_weights else None
+            tape.backward = None
+        return gradient, of_latest, of_weights, None, None, None, None
 
 
-class _Weights(torch.autograd.Function):
-    """Stands before the layers, so that the gradient of all weights is put together when the last layer is done.
+def _by_slot(weights: Float[Tensor, "L H"]) -> Float[Tensor, "L+ H"]:
+    """Row l holds the weight of state l in layer j, for each j that mixes it, at j's slot among the cotangents.
 
-    The token has no value; it is the edge along which layers reach the weights.
+    These are weights[l + i, H - 1 - i], in slot (l + i) mod H: of the row written twice, the H entries that begin
+    l mod H before the second time. Rows beyond the last layer, and weights in layers beyond it, have no meaning.
     """
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, tape: Tape) -> Tensor:
-        ctx.tape = tape
-        return weights.new_empty(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None]:
-        tape = ctx.tape
-        products = tape.backward.products
-        tape.backward = None
-        found = next(row for row in products if row is not None)
-        rows = [torch.zeros_like(found) if row is None else row for row in products]
-        return _by_layer(torch.stack(rows)).to(tape.weights.dtype), None
-
-
-def _by_slot(weights: Float[Tensor, "L H"]) -> Float[Tensor, "L H"]:
-    """Row l holds the weight of state l in layer j, for each j that mixes it, at j's slot among the cotangents."""
     depth, width = weights.shape
-    state = torch.arange(depth, device=weights.device)[:, None]
-    layer = state + (torch.arange(width, device=weights.device) - state) % width
-    column = width - 1 - (layer - state)
-    return torch.where(layer < depth, weights[layer.clamp(max=depth - 1), column], 0)
+    turns = -(-depth // width)
+    padded = nn.functional.pad(weights, (0, 0, 0, turns * width - depth + width - 1))
+    skew = padded.as_strided((turns * width, width), (width, width - 1), width - 1)
+    twice = torch.cat((skew, skew), dim=1)
+    return twice.as_strided((turns, width, width), (2 * width**2, 2 * width - 1, 1), width).reshape(-1, width)
 
 
 def _by_layer(products: Float[Tensor, "L H"]) -> Float[Tensor, "L H"]:
-    """The other way round: row j holds the inner products of layer j's cotangent and the states in its window."""
+    """The other way round: row j holds the inner products of layer j's cotangent and the states in its window.
+
+    These are products[j - (H - 1 - c), j mod H].
+    """
     depth, width = products.shape
-    layer = torch.arange(depth, device=products.device)[:, None]
-    state = layer - torch.arange(width - 1, -1, -1, device=products.device)
-    return torch.where(state >= 0, products[state.clamp(min=0), layer % width], 0)
+    turns = -(-depth // width)
+    padded = nn.functional.pad(products, (0, 0, width - 1, turns * width - depth))
+    return padded.as_strided((turns, width, width), (width**2, width + 1, width)).reshape(-1, width)[:depth]
