@@ -86,7 +86,6 @@ class _Backward:
         self.task = task
         self.products: list[Tensor | None] = [None] * tape.depth
         self.cotangents = like.new_zeros(tape.width, like.numel())
-        self.transposed = self.cotangents.t()
         self.slots = self.cotangents.view(tape.width, *like.shape).unbind()
         # Second derivatives need the weights with their graph.
         columns = _by_slot(tape.weights).unbind() if torch.is_grad_enabled() else tape.columns
@@ -100,7 +99,6 @@ class _Backward:
             rows = list(self.cotangents)
             rows[slot] = cotangent.reshape(-1)
             self.cotangents = torch.stack(rows)
-            self.transposed = self.cotangents.t()
         else:
             self.slots[slot].copy_(cotangent)
 
@@ -144,7 +142,7 @@ class _Mix(_SingleLevelFunction):
         _, wants_latest, wants_weights, *_ = ctx.needs_input_grad
         of_latest = of_weights = None
         if wants_latest:
-            of_latest = torch.mv(past.transposed, past.columns[layer]).view_as(latest)
+            of_latest = torch.mm(past.columns[layer], past.cotangents).view_as(latest)
         if wants_weights:
             past.products[layer] = torch.mv(past.cotangents, latest.reshape(-1))
         if layer == 0:
@@ -153,7 +151,7 @@ class _Mix(_SingleLevelFunction):
         return gradient, of_latest, of_weights, None, None, None, None
 
 
-def _by_slot(weights: Float[Tensor, "L H"]) -> Float[Tensor, "L+ H"]:
+def _by_slot(weights: Float[Tensor, "L H"]) -> Float[Tensor, "L+ 1 H"]:
     """Row l holds the weight of state l in layer j, for each j that mixes it, at j's slot among the cotangents.
 
     These are weights[l + i, H - 1 - i], in slot (l + i) mod H: of the row written twice, the H entries that begin
@@ -164,7 +162,7 @@ def _by_slot(weights: Float[Tensor, "L H"]) -> Float[Tensor, "L+ H"]:
     padded = nn.functional.pad(weights, (0, 0, 0, turns * width - depth + width - 1))
     skew = padded.as_strided((turns * width, width), (width, width - 1), width - 1)
     twice = torch.cat((skew, skew), dim=1)
-    return twice.as_strided((turns, width, width), (2 * width**2, 2 * width - 1, 1), width).reshape(-1, width)
+    return twice.as_strided((turns, width, width), (2 * width**2, 2 * width - 1, 1), width).reshape(-1, 1, width)
 
 
 def _by_layer(products: Float[Tensor, "L H"]) -> Float[Tensor, "L H"]:
