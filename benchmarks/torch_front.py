@@ -102,7 +102,7 @@ def measure(width: int, batch: int, depth: int, compiled: bool, seconds: float) 
         call = torch.compile(model, fullgraph=True) if compiled else model
         steps[name], steps[f"{name} without Adam"] = training_steps(model, call, x, y)
     samples = interleaved(steps, seconds=seconds)
-    return {
+    found: dict[str, dict[str, Spread | float]] = {
         name: {
             "milliseconds": Spread.of(samples[name] * 1e3),
             "time": ratio(samples, name, "residual"),
@@ -111,6 +111,9 @@ def measure(width: int, batch: int, depth: int, compiled: bool, seconds: float) 
         }
         for name in models
     }
+    if "published" in models:
+        found["published"]["time over mhc_torch"] = ratio(samples, "published", "mhc_torch")
+    return found
 
 
 def main() -> None:
@@ -134,6 +137,8 @@ def main() -> None:
         for name, row in found.items():
             times = f"{row['milliseconds']!s:>26} {row['time']!s:>24} {row['time without Adam']!s:>24}"
             print(f"{size:<12} {name:<10} {times} {row['saved']:>7.3f}")
+        if "published" in found:
+            print(f"{size:<12} published over mhc_torch: {found['published']['time over mhc_torch']}")
     record = {
         "environment": environment("torch", "mhc"),
         "threads": torch.get_num_threads(),
