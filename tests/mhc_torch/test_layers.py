@@ -255,6 +255,11 @@ def test_mark_leaves_the_class_as_it_is():
         mhc_compatible(int)
 
 
+class Double(nn.Module):
+    def forward(self, x):
+        return x.double()
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -273,6 +278,8 @@ def test_mark_leaves_the_class_as_it_is():
         (lambda: MatrixMHCSkip(iterations=0), ValueError, "iterations must be at least 1, got 0"),
         (lambda: MHCSequential([nn.ReLU(), "relu"]), TypeError, "str"),
         (lambda: MHCSequential(nn.ReLU(), nn.ReLU()), TypeError, "modules must be an iterable of modules"),
+        (lambda: MHCSequential([nn.ReLU(), nn.Linear(3, 1)])(torch.zeros(2, 3)), ValueError, "auto_project=True"),
+        (lambda: MHCSequential([nn.ReLU(), Double()])(torch.zeros(2, 3)), TypeError, "float64"),
     ],
 )
 def test_bad_input_is_named(call, error, message):

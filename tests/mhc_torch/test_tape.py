@@ -146,15 +146,16 @@ def test_states_of_any_memory_layout_keep_it():
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), leaves), expected)
 
 
-def test_a_graph_is_freed_without_the_garbage_collector():
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_graph_is_freed_without_the_garbage_collector(create_graph):
     # A graph in a cycle keeps its memory until the collector happens to run: steps then grow the heap by turns.
     stack = stack_of(6, max_history=3)
     y = stack(leaf(2, 3))
     layers = weakref.WeakSet(_nodes(y.grad_fn))
-    y.square().sum().backward()
+    gradients = torch.autograd.grad(y.square().sum(), list(stack.parameters()), create_graph=create_graph)
     gc.disable()
     try:
-        del y
+        del y, gradients
         assert not layers
     finally:
         gc.enable()
