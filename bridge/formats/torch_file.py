@@ -24,10 +24,16 @@ class TorchReader(Reader):
                         raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"path: {path} is damaged or holds more than tensors: not loaded, {reason}") from None
+            # Torch goes on to recommend weights_only=False, which runs whatever the file says.
+            reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(". ")[0]
+            raise ValueError(
+                f"path: {path} is damaged or holds more than tensors: {reason}; "
+                "save the state dict alone, torch.save(model.state_dict(), path)"
+            ) from None
         except Exception as error:  # zipfile, pickle and torch raise whatever the damage leads to
-            raise ValueError(f"path: {path} is not a torch file, or it is damaged: {error}") from None
+            raise ValueError(
+                f"path: {path} is not a torch file, or it is damaged: {type(error).__name__} {error}"
+            ) from None
         if not isinstance(content, Mapping):
             raise ValueError(f"path: {path} holds a {type(content).__name__}, not a state dict")
         if isinstance(content.get("state_dict"), Mapping):

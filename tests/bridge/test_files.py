@@ -391,11 +391,13 @@ def test_wrong_formats_are_refused(tmp_path):
         archive.writestr("a", "b")
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     torch.save({"a": torch.zeros(2), "epoch": 3}, tmp_path / "more.pt")
+    torch.save(nn.Linear(2, 2), tmp_path / "model.pt")
     for name, message in (
         ("x.safetensors", "not a safetensors file"),
         ("x.pt", "not a torch file"),
         ("list.pt", "holds a list"),
         ("more.pt", "more than a state dict: {'epoch': 'int'}"),
+        ("model.pt", "Linear.* save the state dict alone"),
     ):
         with pytest.raises(ValueError, match=message):
             bridge.load(tmp_path / name)
