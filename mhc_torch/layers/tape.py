@@ -19,7 +19,7 @@ from torch import Tensor, nn
 # has ruled them out.
 from torch.autograd.function import _SingleLevelFunction
 
-from mhc_torch.layers.mixing import accumulate, mix
+from mhc_torch.layers.mixing import accumulate, check_window, mix
 
 
 class Tape:
@@ -45,7 +45,6 @@ class Tape:
             values = weights.detach()
             # On the host, numbers: they are faster to multiply with than tensors. On a GPU, reading them would wait.
             self.rows = values.flatten().tolist() if values.device.type == "cpu" else values.flatten().unbind()
-            self.columns = _by_slot(values).unbind()
             self.backward: _Backward | None = None
         else:
             self.rows = weights.flatten().unbind()
@@ -54,14 +53,14 @@ class Tape:
         """The next state: `branch`, the output of the next layer, and the weighted sum of the states in `window`.
 
         Raises:
-            ValueError, TypeError: as mhc_torch.layers.mixing.mix.
+            ValueError, TypeError: as check_window.
         """
         end = (self.layer + 1) * self.width
         row = self.rows[end - len(window) : end]
         # A hook may have put another tensor in place of a state, and autocast another dtype; from there on, every
         # state gets its gradient by an edge of its own.
         latest = window[-1]
-        if self.unbroken and latest is self.latest and _alike(branch, latest):
+        if self.unbroken and latest is self.latest and check_window((latest,), branch):
             mixed = _Mix.apply(branch, latest, self.weights, self, self.layer, window, row)  # type: ignore[attr-defined]
         else:
             if self.unbroken:
@@ -75,10 +74,6 @@ class Tape:
         return mixed
 
 
-def _alike(branch: Tensor, state: Tensor) -> bool:
-    return branch.shape == state.shape and branch.dtype == state.dtype and branch.device == state.device
-
-
 class _Backward:
     """The last H cotangents of one backward pass, and the inner products that it has found."""
 
@@ -87,9 +82,7 @@ class _Backward:
         self.products: list[Tensor | None] = [None] * tape.depth
         self.cotangents = like.new_zeros(tape.width, like.numel())
         self.slots = self.cotangents.view(tape.width, *like.shape).unbind()
-        # Second derivatives need the weights with their graph.
-        columns = _by_slot(tape.weights).unbind() if torch.is_grad_enabled() else tape.columns
-        self.columns = columns if columns[0].dtype == like.dtype else [column.to(like.dtype) for column in columns]
+        self.columns = _by_slot(tape.weights).to(like.dtype).unbind()
 
     def put(self, layer: int, cotangent: Tensor) -> None:
         """The cotangent of `layer`'s output comes into its slot."""
