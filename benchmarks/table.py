@@ -83,6 +83,7 @@ def history_table(records: Mapping[str, Any]) -> str:
             ["`mhc` 0.5.5", "`mhc_jax`", *in_jax("published", "eager / ours")],
             ["`mhc` 0.5.5, torch.compile", "`mhc_jax`", *in_jax("published", "torch.compile / ours")],
             ["`mhc_torch`", "residual in PyTorch", *in_torch(FRONT, "mhc_torch")],
+            ["`mhc_torch`, nodes in Python", "residual in PyTorch", *in_torch(FRONT, "mhc_torch, nodes in Python")],
             ["`mhc` 0.5.5", "residual in PyTorch", *in_torch(FRONT, "published")],
             ["`mhc` 0.5.5", "`mhc_torch`", *in_torch(FRONT, "published", "time over mhc_torch")],
             ["`mhc_torch`, torch.compile", "residual, torch.compile", *in_torch(COMPILED, "mhc_torch")],

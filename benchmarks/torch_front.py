@@ -6,6 +6,7 @@ The network is the one of the documentation, a stack of linear layers, with H = 
 optimizer is torch.optim.Adam as it comes. Its time is that of the number of parameters, of which each layer's logits
 are one more, so forward and backward are timed by themselves, too. All take turns in one run; OMP_NUM_THREADS sets the
 threads.
+The nodes of MHCSequential are compiled first (`python -m mhc_torch.native`); a fourth network does without.
 `--compiled` compares the residual network and MHCSequential, both under torch.compile(fullgraph=True); the published
 package does not compile.
 """
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Spread, environment, interleaved, ratio, write_json
-from mhc_torch import MHCSequential
+from mhc_torch import MHCSequential, native
 
 DEPTH, QUICK_DEPTH = 50, 10
 SIZES = {"C=64 B=32": (64, 32), "C=256 B=128": (256, 128)}
@@ -39,8 +40,23 @@ class Residual(nn.Module):
         return x
 
 
+class NodesInPython(nn.Module):
+    """A network where no compiler has made the nodes."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        compiled, native.nodes = native.nodes, lambda: None  # type: ignore[assignment]
+        try:
+            return self.network(x)
+        finally:
+            native.nodes = compiled
+
+
 def candidates(width: int, depth: int) -> dict[str, nn.Module]:
-    """The three networks, with small branches, so that many of them neither explode nor vanish."""
+    """The four networks, with small branches, so that many of them neither explode nor vanish."""
 
     def layers() -> list[nn.Module]:
         made: list[nn.Module] = [nn.Linear(width, width) for _ in range(depth)]
@@ -51,6 +67,7 @@ def candidates(width: int, depth: int) -> dict[str, nn.Module]:
     return {
         "residual": Residual(layers()),
         "mhc_torch": MHCSequential(layers()),
+        "mhc_torch, nodes in Python": NodesInPython(MHCSequential(layers())),
         "published": mhc.MHCSequential(layers(), detach_history=False),
     }
 
@@ -94,7 +111,7 @@ def measure(width: int, batch: int, depth: int, compiled: bool, seconds: float) 
     torch.manual_seed(0)
     models = candidates(width, depth)
     if compiled:
-        del models["published"]
+        del models["published"], models["mhc_torch, nodes in Python"]
     x, y = torch.randn(batch, width), torch.randn(batch, width)
     kept = {name: saved_bytes(model, x) for name, model in models.items()}
     steps = {}
@@ -125,18 +142,19 @@ def main() -> None:
     arguments = parser.parse_args()
     # glibc hands memory back after every step until a program has freed one large block, as those that read data have.
     torch.empty(31 << 20, dtype=torch.uint8)
+    native.build()
     depth, seconds = (QUICK_DEPTH, 1.0) if arguments.quick else (DEPTH, arguments.seconds)
     kind = "compiled-cpu" if arguments.compiled else "cpu"
     output = arguments.output or RESULTS / f"torch_front-{kind}.json"
 
     sizes = {}
-    print(f"{'size':<12} {'network':<10} {'ms a step':>26} {'over residual':>24} {'without Adam':>24} {'saved':>7}")
+    print(f"{'size':<12} {'network':<26} {'ms a step':>26} {'over residual':>24} {'without Adam':>24} {'saved':>7}")
     for size, (width, batch) in list(SIZES.items())[: 1 if arguments.quick else None]:
         found = measure(width, batch, depth, arguments.compiled, seconds)
         sizes[size] = found
         for name, row in found.items():
             times = f"{row['milliseconds']!s:>26} {row['time']!s:>24} {row['time without Adam']!s:>24}"
-            print(f"{size:<12} {name:<10} {times} {row['saved']:>7.3f}")
+            print(f"{size:<12} {name:<26} {times} {row['saved']:>7.3f}")
         if "published" in found:
             print(f"{size:<12} published over mhc_torch: {found['published']['time over mhc_torch']}")
     record = {

@@ -149,8 +149,10 @@ class MHCSkip(nn.Module):
 
         Raises:
             ValueError: shapes or devices of the states differ from those of x, and auto_project does not help.
-            TypeError: their dtype differs outside of autocast; history is no list or tuple of tensors.
+            TypeError: their dtype differs outside of autocast; x is no tensor; history is no list or tuple of tensors.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x, the output of the branch, must be a tensor, got {type(x).__name__}")
         if not isinstance(history, (list, tuple)):
             raise TypeError(f"history must be a list of tensors, got {type(history).__name__}")
         config = self.config

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def mix(
@@ -17,11 +18,21 @@ def mix(
         ValueError, TypeError: as check_window.
     """
     of_one_dtype = check_window(states, x)
-    if of_one_dtype and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+    if of_one_dtype and not transformed():
         return _Mix.apply(x, *weights, *states)
     for state, weight in zip(states, weights, strict=True):
         x = x + weight * state
     return x
+
+
+def transformed() -> bool:
+    """Whether a compiler, a transform of torch.func or forward-mode differentiation follows each operation.
+
+    They find out by themselves what a node of ours would tell the backward pass, and cannot look into it.
+    """
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 def accumulate(x: Tensor, states: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:
@@ -38,10 +49,7 @@ def accumulate(x: Tensor, states: Sequence[Tensor], weights: Sequence[Any]) -> T
 
 
 class _Mix(torch.autograd.Function):
-    """The same sum as one node of the graph, which keeps references to the states and no product.
-
-    A compiler finds this by itself, and torch.func cannot look into it: they get the plain sum.
-    """
+    """The same sum as one node of the graph, which keeps references to the states and no product."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights_and_states: Tensor) -> Tensor:

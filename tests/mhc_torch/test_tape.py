@@ -1,16 +1,30 @@
 """Derivatives of MHCSequential, whose layers share their work, against the same sums left to autograd."""
 
+import copy
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
-from mhc_torch import MHCSequential
+from mhc_torch import MHCSequential, native
 from tests.mhc_torch.test_layers import stack_of
 
 F64 = torch.float64
+
+
+@pytest.fixture(autouse=True, params=["python", "compiled"])
+def nodes(request, monkeypatch):
+    """Every test runs on both kinds of nodes, where a compiler has made the second."""
+    if request.param == "python":
+        monkeypatch.setattr(native, "nodes", lambda: None)
+    elif native.nodes() is None:
+        pytest.skip("the nodes are not compiled: python -m mhc_torch.native")
+    return request.param
 
 
 def plain_states(stack, x):
@@ -38,7 +52,7 @@ def leaf(*shape):
     return torch.randn(*shape, dtype=F64, requires_grad=True)
 
 
-@pytest.mark.parametrize(("depth", "max_history"), [(1, 4), (2, 4), (7, 1), (7, 3), (9, 4)])
+@pytest.mark.parametrize(("depth", "max_history"), [(1, 4), (2, 4), (7, 1), (7, 3), (9, 4), (12, 6), (12, 8)])
 def test_gradients_at_any_depth_and_window(depth, max_history):
     stack, x = stack_of(depth, max_history=max_history), leaf(2, 3)
     leaves = [x, *stack.parameters()]
@@ -150,6 +164,8 @@ def test_states_of_any_memory_layout_keep_it():
 def test_a_graph_is_freed_without_the_garbage_collector(create_graph):
     # A graph in a cycle keeps its memory until the collector happens to run: steps then grow the heap by turns.
     stack = stack_of(6, max_history=3)
+    for module in stack.wrapped_modules:
+        module.register_forward_hook(lambda module, args, y: _Same.apply(y))
     y = stack(leaf(2, 3))
     layers = weakref.WeakSet(_nodes(y.grad_fn))
     gradients = torch.autograd.grad(y.square().sum(), list(stack.parameters()), create_graph=create_graph)
@@ -159,6 +175,18 @@ def test_a_graph_is_freed_without_the_garbage_collector(create_graph):
         assert not layers
     finally:
         gc.enable()
+
+
+class _Same(torch.autograd.Function):
+    """A node that Python can refer to, between those of the stack."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
 
 
 def _nodes(node):
@@ -171,3 +199,92 @@ def _nodes(node):
         left += [following for following, _ in node.next_functions if following is not None]
     assert found
     return found
+
+
+def gradients_of(output, leaves):
+    return torch.autograd.grad(output.square().mean(), leaves, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("max_history", [4, 7])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-5), (torch.bfloat16, 0.2)])
+def test_large_states_in_single_and_half_precision(dtype, error, max_history):
+    # More numbers than one thread takes, and than one piece; against float64.
+    torch.manual_seed(0)
+    exact = MHCSequential([nn.Linear(33, 33) for _ in range(9)], max_history=max_history).double()
+    for skip in exact.skip_layers:
+        nn.init.normal_(skip.mixing_logits)
+    rough = copy.deepcopy(exact).to(dtype)
+    x = torch.randn(2501, 33, dtype=F64)
+    y, expected = rough(x.to(dtype)), plain_states(exact, x)[-1]
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), expected, rtol=error, atol=error * expected.std().item())
+    found = gradients_of(y, list(rough.parameters()))
+    wanted = gradients_of(expected, list(exact.parameters()))
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=5 * error * theirs.abs().max().item() + 1e-12)
+
+
+@pytest.mark.parametrize("of", ["input", "branch", "gradient"])
+def test_tensors_that_do_not_fill_their_memory(of):
+    stack = stack_of(6, max_history=3)
+    x = leaf(3).expand(4, 3) if of == "input" else leaf(4, 3)
+    if of == "branch":
+        stack.wrapped_modules[2].register_forward_hook(lambda module, args, y: y[:1].expand(4, 3))
+        stack.wrapped_modules[4].register_forward_hook(lambda module, args, y: y.t().contiguous().t())
+
+    def loss(y):
+        return y.sum() if of == "gradient" else y.square().sum()
+
+    leaves = [x, *(p for n, p in stack.named_parameters() if n != "skip_layers.0.mixing_logits")]
+    ours = torch.autograd.grad(loss(stack(x)), leaves)
+    torch.testing.assert_close(ours, torch.autograd.grad(loss(plain_states(stack, x)[-1]), leaves))
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+def test_a_state_whose_gradient_is_none():
+    stack, x = stack_of(5, max_history=3), leaf(2, 3)
+    leaves = [x, stack.wrapped_modules[0][0].weight, stack.skip_layers[3].logits]
+    gradients = torch.autograd.grad(_NoGradient.apply(stack(x)).sum(), leaves, allow_unused=True)
+    assert all(gradient is None or not gradient.any() for gradient in gradients)
+
+
+def test_forward_mode_differentiation():
+    stack, x, tangent = stack_of(6, max_history=3), torch.randn(2, 3, dtype=F64), torch.randn(2, 3, dtype=F64)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(stack(forward_ad.make_dual(x, tangent))).tangent
+    step = 1e-6 * tangent
+    torch.testing.assert_close(found, (stack(x + step) - stack(x - step)) / 2e-6, rtol=1e-6, atol=1e-8)
+
+
+def test_two_threads_go_back_through_one_graph():
+    stack, x = stack_of(12, max_history=4), leaf(2, 3)
+    y, leaves = stack(x), [x, *stack.parameters()]
+
+    def gradients(scale):
+        return torch.autograd.grad((scale * y).sum(), leaves, retain_graph=True)
+
+    expected = gradients(1.0)
+    with ThreadPoolExecutor(2) as pool:
+        for scale, found in enumerate(pool.map(gradients, [1.0, 2.0] * 20)):
+            torch.testing.assert_close(found, [(1 + scale % 2) * gradient for gradient in expected])
+
+
+def test_memory_of_states_is_hidden_from_nobody():
+    # What is saved passes through the hooks that offload and checkpoint activations: each state once, no more.
+    stack, x = stack_of(6, max_history=3), leaf(2, 3)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        states = states_of(stack, x)
+    assert {state.data_ptr() for state in states[:-1]} <= set(saved)
+    inner = list(stack.parameters())
+    ours = torch.autograd.grad(checkpoint(stack, x, use_reentrant=False).square().sum(), [x, *inner])
+    torch.testing.assert_close(ours, torch.autograd.grad(stack(x).square().sum(), [x, *inner]))

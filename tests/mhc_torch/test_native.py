@@ -1,0 +1,46 @@
+"""Compiling the nodes of a tape. That they compute what the ones in Python do is in test_tape.py."""
+
+import pytest
+import torch
+
+from mhc_torch import native
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """A user's cache in which nothing has been built."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.nodes.cache_clear()
+    yield tmp_path / "mhc_torch"
+    native.nodes.cache_clear()
+
+
+def test_what_has_been_built_is_not_built_again(monkeypatch):
+    if native.nodes() is None:
+        pytest.skip("the nodes are not compiled: python -m mhc_torch.native")
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    assert native.build() == native.library()
+
+
+def test_without_a_compiler(empty_cache, monkeypatch):
+    assert native.nodes() is None
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, "/no/such/compiler")
+    with pytest.raises(RuntimeError, match=r"nodes\.cpp did not compile.*/no/such/compiler"):
+        native.build()
+    assert not list(empty_cache.iterdir())
+
+
+def test_a_torn_file_is_named(empty_cache):
+    file = native.library()
+    file.parent.mkdir()
+    file.write_bytes(b"\x7fELF, half of it")
+    with pytest.raises(ImportError, match=f"{file.name} cannot be loaded.*delete it"):
+        native.nodes()
+
+
+def test_another_torch_needs_another_file(monkeypatch):
+    before = native.library()
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    assert native.library() != before
+    assert native.library().parent == before.parent
