@@ -5,9 +5,11 @@ import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -276,6 +278,46 @@ def test_two_threads_go_back_through_one_graph():
     with ThreadPoolExecutor(2) as pool:
         for scale, found in enumerate(pool.map(gradients, [1.0, 2.0] * 20)):
             torch.testing.assert_close(found, [(1 + scale % 2) * gradient for gradient in expected])
+
+
+def test_shapes_alone():
+    with FakeTensorMode():
+        stack = MHCSequential([nn.Linear(3, 3) for _ in range(6)], max_history=3)
+        x = torch.randn(2, 3, requires_grad=True)
+        stack(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(parameter.grad.shape == parameter.shape for parameter in stack.parameters())
+
+
+def test_a_state_that_was_changed_in_place():
+    stack, x = stack_of(5, max_history=3), leaf(2, 3)
+    states = states_of(stack, x)
+    with torch.no_grad():
+        states[2].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        states[-1].sum().backward()
+
+
+def test_what_a_pass_needs_is_gone_when_it_ends():
+    # A pass over the last layers does not come to the first; the graph stays for the next one.
+    stack, x = MHCSequential([nn.Identity() for _ in range(4)], max_history=2), torch.randn(1 << 20, requires_grad=True)
+    states, process = states_of(stack, x), psutil.Process()
+    before = process.memory_info().rss
+    for _ in range(40):  # 4 MB a cotangent
+        torch.autograd.grad(states[-1].sum(), states[2], retain_graph=True)
+    assert process.memory_info().rss - before < 80e6
+
+
+def test_compiled_nodes_take_the_place_of_operators(nodes):
+    if nodes == "python":
+        pytest.skip("these are made of operators")
+    stack = MHCSequential([nn.Identity() for _ in range(30)]).double()
+    x = leaf(2, 3)
+    with torch.autograd.profiler.profile(use_cpu=True) as profile:
+        stack(x).sum().backward()
+    called = {event.key: event.count for event in profile.key_averages()}
+    assert called["aten::add"] == 30  # autograd's own: the gradients of a state
+    assert sum(called.get(f"aten::{name}", 0) for name in ("add_", "mul", "mv", "sum", "copy_")) < 10
 
 
 def test_memory_of_states_is_hidden_from_nobody():
