@@ -10,8 +10,6 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -142,13 +140,11 @@ bool dense(const Tensor& tensor) {
   return keys == c10::DispatchKeySet(c10::DispatchKey::CPU);
 }
 
-// Whether the numbers of all tensors can be read in one order, that of `like`.
+// Whether the numbers of all tensors, which have the shape and dtype of `like`, can be read in the order of `like`.
 bool readable(at::ArrayRef<Tensor> tensors, const Tensor& like) {
-  const auto dtype = like.scalar_type();
-  return (dtype == at::kFloat || dtype == at::kDouble) && dense(like) && like.is_non_overlapping_and_dense() &&
-      !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-      std::all_of(tensors.begin(), tensors.end(), [&](const Tensor& tensor) {
-           return dense(tensor) && tensor.scalar_type() == dtype && tensor.strides() == like.strides();
+  return (like.scalar_type() == at::kFloat || like.scalar_type() == at::kDouble) && dense(like) &&
+      like.is_non_overlapping_and_dense() && std::all_of(tensors.begin(), tensors.end(), [&](const Tensor& tensor) {
+           return dense(tensor) && tensor.strides() == like.strides();
          });
 }
 
@@ -204,7 +200,7 @@ struct Mix : torch::autograd::Node {
     const Tensor state = latest.unpack(getptr());
     const bool wants_state = task_should_compute_output(1), wants_weights = task_should_compute_output(2);
     Pass& pass = this->pass();
-    Tensor& own = pass.cotangents[layer % width] = gradients[0].defined() ? gradients[0] : at::zeros_like(state);
+    Tensor& own = pass.cotangents[layer % width] = gradients[0];
     // A network often ends in a sum, whose gradient is one number that is seen everywhere.
     const bool in_memory = !at::GradMode::is_enabled() && dense(own);
     if (in_memory && own.strides() != state.strides()) own = at::empty_like(state).copy_(own);

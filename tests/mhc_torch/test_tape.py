@@ -150,6 +150,11 @@ def test_frozen_parts(frozen):
     torch.testing.assert_close(ours, torch.autograd.grad(plain_states(stack, x)[-1].square().sum(), leaves))
 
 
+def test_a_stack_in_which_nothing_learns():
+    y = stack_of(5).requires_grad_(False)(torch.randn(2, 3, dtype=F64))
+    assert not y.requires_grad
+
+
 def test_states_of_any_memory_layout_keep_it():
     torch.manual_seed(0)
     convolutions = [nn.Conv2d(3, 3, 3, padding=1) for _ in range(5)]
@@ -203,13 +208,22 @@ def _nodes(node):
     return found
 
 
-def gradients_of(output, leaves):
-    return torch.autograd.grad(output.square().mean(), leaves, allow_unused=True, materialize_grads=True)
+def gradients_of(output, leaves, reduction="mean"):
+    loss = getattr(output.square(), reduction)()
+    return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("max_history", [4, 7])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-5), (torch.bfloat16, 0.2)])
-def test_large_states_in_single_and_half_precision(dtype, error, max_history):
+def test_large_states_in_single_and_half_precision(dtype, error, max_history, two_threads):
     # More numbers than one thread takes, and than one piece; against float64.
     torch.manual_seed(0)
     exact = MHCSequential([nn.Linear(33, 33) for _ in range(9)], max_history=max_history).double()
@@ -240,6 +254,20 @@ def test_tensors_that_do_not_fill_their_memory(of):
     leaves = [x, *(p for n, p in stack.named_parameters() if n != "skip_layers.0.mixing_logits")]
     ours = torch.autograd.grad(loss(stack(x)), leaves)
     torch.testing.assert_close(ours, torch.autograd.grad(loss(plain_states(stack, x)[-1]), leaves))
+
+
+@pytest.mark.parametrize("view", ["expanded", "every other column", "empty"])
+def test_states_that_are_all_views(view):
+    torch.manual_seed(0)
+    stack = MHCSequential([nn.Identity() for _ in range(3)], max_history=3).double()
+    for skip in stack.skip_layers:
+        nn.init.normal_(skip.mixing_logits)
+    whole = leaf(0, 6) if view == "empty" else leaf(1, 6)
+    x = whole.expand(4, 6) if view == "expanded" else whole[:, ::2]
+    y, expected = stack(x), plain_states(stack, x)[-1]
+    torch.testing.assert_close(y, expected)
+    leaves = [whole, *(skip.logits for skip in stack.skip_layers[1:])]
+    torch.testing.assert_close(gradients_of(y, leaves, "sum"), gradients_of(expected, leaves, "sum"))
 
 
 class _NoGradient(torch.autograd.Function):
