@@ -55,9 +55,9 @@ def test_a_step_is_the_optimizer_applied_to_the_gradient():
     state = TrainState.create(model, optimizer)
     state, metrics = make_train_step(loss_fn, optimizer)(state, make_batch())
 
-    (loss, aux), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, make_batch())
+    (loss, aux), grads = nnx.jit(nnx.value_and_grad(loss_fn, has_aux=True))(model, make_batch())
     params = nnx.state(model, nnx.Param)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     expected = optax.apply_updates(params, updates)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
@@ -131,7 +131,8 @@ def test_diagnostics_find_all_kinds_of_connections_at_any_depth():
             return self.resnet(x[..., None, None]).sum()
 
     net = Net(nnx.Rngs(0))
-    report = diagnostics.diagnose(net, nnx.grad(lambda net: net(jnp.ones((2, 4))))(net))
+    grads = nnx.jit(nnx.grad(lambda net: net(jnp.ones((2, 4)))))(net)
+    report = nnx.jit(diagnostics.diagnose)(net, grads)
     assert set(report) == {"parts/0", "matrix", "resnet"}
     assert report["parts/0"]["weights"].shape == (2, 4)
     assert report["parts/0"]["grad_norm"][1] == 0  # dropout has no parameters
