@@ -73,7 +73,7 @@ def test_the_history_runs_through_the_whole_network_and_not_across_calls():
     model.eval()
     np.testing.assert_array_equal(model(IMAGES), model(IMAGES))
     np.testing.assert_allclose(model(IMAGES[:1]), model(IMAGES)[:1], atol=1e-5)
-    grads = nnx.grad(lambda model: jnp.sum(model(IMAGES) ** 2))(model)
+    grads = nnx.jit(nnx.grad(lambda model: jnp.sum(model(IMAGES) ** 2)))(model)
     for index in range(1, 4):
         live = min(index + 1, 4)
         gradient = np.asarray(grads["blocks"][index]["skip"]["mixing_logits"][...])

@@ -40,7 +40,7 @@ def value_and_gradients(apply, config, problem, **options):
         out = apply(branch, params, x, logits, config, gate_logits=gates, **options)
         return jnp.sum(jnp.sin(out)), out
 
-    return jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True, allow_int=True)(*problem)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True, allow_int=True))(*problem)
 
 
 def assert_close(actual, expected, atol=1e-12):
@@ -346,10 +346,10 @@ def test_second_derivatives():
         def loss(apply, logits):
             return jnp.sum(jnp.sin(apply(branch, params, x, logits, config)))
 
-        expected = jax.hessian(partial(loss, apply_layers_reference))(logits)
+        expected = jax.jit(jax.hessian(partial(loss, apply_layers_reference)))(logits)
         assert np.abs(expected).max() > 1e-3
-        assert_close(jax.hessian(partial(loss, apply_layers))(logits), expected)
-        assert_close(jax.jacrev(jax.jacrev(partial(loss, apply_layers)))(logits), expected)
+        assert_close(jax.jit(jax.hessian(partial(loss, apply_layers)))(logits), expected)
+        assert_close(jax.jit(jax.jacrev(jax.jacrev(partial(loss, apply_layers))))(logits), expected)
 
 
 def test_forward_mode_names_what_to_use_instead():
