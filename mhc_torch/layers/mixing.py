@@ -18,7 +18,7 @@ def mix(
         ValueError, TypeError: as check_window.
     """
     of_one_dtype = check_window(states, x)
-    if of_one_dtype and not transformed():
+    if of_one_dtype and x.is_floating_point() and not transformed():
         return _Mix.apply(x, *weights, *states)
     for state, weight in zip(states, weights, strict=True):
         x = x + weight * state

@@ -27,8 +27,9 @@ class Tape:
         self.latest = x
         self.nodes = None
         self.rows: Sequence[Tensor] | None = None
-        # Nodes read the weights' numbers, which other classes of tensors need not have.
-        if alone and torch.is_grad_enabled() and type(weights) is Tensor and not transformed():
+        # Nodes read the weights' numbers, which other classes of tensors need not have, and conjugate nothing.
+        readable = type(weights) is Tensor and x.is_floating_point()
+        if alone and readable and torch.is_grad_enabled() and not transformed():
             compiled = native.nodes() if weights.device.type == "cpu" else None
             self.nodes = Nodes(weights) if compiled is None else compiled.Nodes(weights)
 

@@ -270,6 +270,17 @@ def test_states_that_are_all_views(view):
     torch.testing.assert_close(gradients_of(y, leaves, "sum"), gradients_of(expected, leaves, "sum"))
 
 
+def test_complex_states():
+    torch.manual_seed(0)
+    stack = MHCSequential([nn.Tanh() for _ in range(4)], max_history=3).double()
+    for skip in stack.skip_layers:
+        nn.init.normal_(skip.mixing_logits)
+    x = torch.randn(2, 3, dtype=torch.complex128, requires_grad=True)
+    leaves = [x, *(skip.logits for skip in stack.skip_layers[1:])]
+    ours = torch.autograd.grad(stack(x).abs().sum(), leaves)
+    torch.testing.assert_close(ours, torch.autograd.grad(plain_states(stack, x)[-1].abs().sum(), leaves))
+
+
 class _NoGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
