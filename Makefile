@@ -21,7 +21,7 @@ help:
 	@touch $@
 
 # What makes stacks faster on a CPU; where there is no C++ compiler, all works without it.
-.venv/native: .venv/ready $(wildcard mhc_torch/native/*)
+.venv/native: .venv/ready $(wildcard mhc_torch/native/*.*)
 	@$(BIN)/python -m mhc_torch.native || true
 	@touch $@
 

@@ -70,6 +70,20 @@ class MHCSkip(nn.Module):
         self.projection = HistoryProjection() if self.config.auto_project else None
         self.reset_parameters()
 
+    @property
+    def config(self) -> MHCConfig:
+        return self._config
+
+    @config.setter
+    def config(self, config: MHCConfig) -> None:
+        logits = getattr(self, "mixing_logits", None)
+        if logits is not None and config.max_history != len(logits):
+            raise ValueError(
+                f"config.max_history must be {len(logits)}, the number of logits of this MHCSkip; "
+                f"got {config.max_history}: make a new MHCSkip"
+            )
+        self._config = config
+
     mode = property(lambda self: self.config.mode)
     max_history = property(lambda self: self.config.max_history)
     constraint = property(lambda self: self.config.constraint)

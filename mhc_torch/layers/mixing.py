@@ -26,12 +26,16 @@ def mix(
 
 
 def transformed() -> bool:
-    """Whether a compiler, a transform of torch.func or forward-mode differentiation follows each operation.
+    """Whether a compiler, a tracer, a mode, a transform of torch.func or a dual number follows each operation.
 
     They find out by themselves what a node of ours would tell the backward pass, and cannot look into it.
     """
     return (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
     )
 
 

@@ -10,8 +10,10 @@ products over the last H cotangents. Nodes for every state apart would take four
 `native/nodes.cpp` is the same for the CPU, in one pass over the window each way.
 """
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float
@@ -36,7 +38,8 @@ class Nodes:
         values = weights.detach().flatten()
         # On the host, numbers: they are faster to multiply with than tensors. On a GPU, reading them would wait.
         self.rows: Sequence[Any] = values.tolist() if values.device.type == "cpu" else values.unbind()
-        self.passes: dict[int, _Pass] = {}
+        # Of those that run now; a pass that fails must not keep its graph alive.
+        self.passes: MutableMapping[int, _Pass] = WeakValueDictionary()
 
     def mix(
         self, branch: Float[Tensor, "*shape"], layer: int, window: Sequence[Tensor]
@@ -104,15 +107,19 @@ class _Mix(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        device = gradient.device.type
+        if torch.is_autocast_enabled(device):  # it would round the products below
+            with torch.autocast(device, enabled=False):
+                return _Mix.backward(ctx, gradient)
         nodes, layer = ctx.nodes, ctx.layer
         (latest,) = ctx.saved_tensors
-        # Layers that come later have been here before, unless this pass does not reach them; what they left is gone
-        # when the pass ends.
+        # Layers that come later have been here before, unless this pass does not reach them. The engine's callback
+        # owns what they left, and is gone when the pass ends or fails.
         task = torch._C._current_graph_task_id()
         past = nodes.passes.get(task)
         if past is None:
             past = nodes.passes[task] = _Pass(nodes.weights, gradient)
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: nodes.passes.pop(task))
+            torch.autograd.Variable._execution_engine.queue_callback(partial(_end, past))
         past.put(layer, gradient)
         _, wants_latest, wants_weights, *_ = ctx.needs_input_grad
         of_latest = of_weights = None
@@ -123,6 +130,10 @@ class _Mix(_SingleLevelFunction):
             if layer == 0:
                 of_weights = past.gradient_of_weights()
         return gradient, of_latest, of_weights, None, None, None, None
+
+
+def _end(past: _Pass) -> None:
+    """What the engine calls when a pass has ended."""
 
 
 def _by_slot(weights: Float[Tensor, "L H"]) -> Float[Tensor, "L+ 1 H"]:

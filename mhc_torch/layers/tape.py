@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from mhc_torch import native
 from mhc_torch.layers.mixing import mix, transformed
@@ -27,8 +27,8 @@ class Tape:
         self.latest = x
         self.nodes = None
         self.rows: Sequence[Tensor] | None = None
-        # Nodes read the weights' numbers, which other classes of tensors need not have, and conjugate nothing.
-        readable = type(weights) is Tensor and x.is_floating_point()
+        # Nodes read numbers, which other classes of tensors need not have, and conjugate nothing.
+        readable = type(weights) is Tensor and type(x) in (Tensor, nn.Parameter) and x.is_floating_point()
         if alone and readable and torch.is_grad_enabled() and not transformed():
             compiled = native.nodes() if weights.device.type == "cpu" else None
             self.nodes = Nodes(weights) if compiled is None else compiled.Nodes(weights)

@@ -1,6 +1,6 @@
 """The nodes of a tape compiled for the CPU: `python -m mhc_torch.native` does it, once for each version of torch.
 
-Without them a tape does the same in Python, more slowly.
+Without them a tape does the same by operations of torch, more slowly.
 """
 
 import functools
@@ -22,22 +22,29 @@ COMPILE, LINK = ["-O3", "-g0", "-fopenmp"], ["-fopenmp"]
 
 
 def library() -> Path:
-    """The compiled file for this source, Python, torch and machine, in the user's cache; it need not exist."""
-    made_from = (SOURCE.read_text(), sys.implementation.cache_tag, torch.__version__, platform.machine(), *COMPILE)
-    digest = hashlib.sha256("\n".join(map(str, made_from)).encode()).hexdigest()[:16]
+    """The compiled file for this source, Python, torch and machine, in the user's cache; it need not exist.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
+    machine = (sys.implementation.cache_tag, torch.__version__, platform.machine(), *platform.libc_ver())
+    digest = hashlib.sha256("\n".join([SOURCE.read_text(), *machine, *COMPILE]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "mhc_torch" / f"{NAME}-{digest}{importlib.machinery.EXTENSION_SUFFIXES[-1]}"
 
 
 @functools.cache
 def nodes() -> ModuleType | None:
-    """The compiled nodes, or None if they have not been built.
+    """The compiled nodes, or None if they have not been built, or this user has no cache.
 
     Raises:
         ImportError: the file is there and cannot be loaded.
     """
-    file = library()
-    if not file.exists():
+    try:
+        file = library()
+        if not file.is_file():
+            return None
+    except (OSError, RuntimeError):
         return None
     loader = importlib.machinery.ExtensionFileLoader(NAME, str(file))
     specification = importlib.util.spec_from_file_location(NAME, file, loader=loader)
@@ -51,13 +58,13 @@ def nodes() -> ModuleType | None:
 
 
 def build() -> Path:
-    """Compile the nodes, unless that has been done; takes about a minute.
+    """Compile the nodes, unless that has been done; takes about half a minute.
 
     Returns:
         The compiled file.
 
     Raises:
-        RuntimeError: there is no C++ compiler, or it failed; what it said is on stderr.
+        RuntimeError: there is no C++ compiler, or it failed, and said on stderr why; or there is no cache to write to.
     """
     file = library()
     if file.exists():
@@ -68,13 +75,14 @@ def build() -> Path:
 
     extension = CppExtension(NAME, [str(SOURCE)], extra_compile_args=COMPILE, extra_link_args=LINK)
     command = BuildExtension.with_options(use_ninja=False)(Distribution({"ext_modules": [extension]}))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        command.build_lib = command.build_temp = folder
-        command.ensure_finalized()
-        try:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            command.build_lib = command.build_temp = folder
+            command.ensure_finalized()
             command.run()
-        except (CompileError, LinkError, RuntimeError, OSError) as error:
-            raise RuntimeError(f"{SOURCE.name} did not compile: {error}") from error
-        os.replace(command.get_ext_fullpath(NAME), file)
+            os.replace(command.get_ext_fullpath(NAME), file)
+    except (CompileError, LinkError, RuntimeError, OSError) as error:
+        raise RuntimeError(f"{SOURCE.name} did not compile into {file.parent}: {error}") from error
+    nodes.cache_clear()
     return file

@@ -17,6 +17,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <map>
+#include <memory>
 #include <mutex>
 
 namespace {
@@ -140,17 +141,18 @@ bool dense(const Tensor& tensor) {
   return keys == c10::DispatchKeySet(c10::DispatchKey::CPU);
 }
 
-// Whether the numbers of all tensors, which have the shape and dtype of `like`, can be read in the order of `like`.
+// Whether the numbers of all tensors can be read in the order of `like`, whose dtype they have.
 bool readable(at::ArrayRef<Tensor> tensors, const Tensor& like) {
   return (like.scalar_type() == at::kFloat || like.scalar_type() == at::kDouble) && dense(like) &&
       like.is_non_overlapping_and_dense() && std::all_of(tensors.begin(), tensors.end(), [&](const Tensor& tensor) {
-           return dense(tensor) && tensor.strides() == like.strides();
+           return dense(tensor) && tensor.sizes() == like.sizes() && tensor.strides() == like.strides();
          });
 }
 
 // What the nodes share in one backward pass: the last H cotangents, and the inner products found so far.
 struct Pass {
   variable_list cotangents;
+  std::vector<uint32_t> versions;  // those of the cotangents when they came
   std::vector<double> products;
   variable_list tensors;  // products that operators found, in their places
 };
@@ -166,7 +168,7 @@ struct Nodes : c10::intrusive_ptr_target {
   const Tensor weights;
   const int64_t depth, width;
   std::vector<double> values;
-  std::map<int, Pass> passes;
+  std::map<int, std::weak_ptr<Pass>> passes;  // of those that run now; a pass that fails must not keep its graph alive
   std::mutex mutex;
 };
 
@@ -177,39 +179,55 @@ struct Mix : torch::autograd::Node {
 
   std::string name() const override { return "MixBackward"; }
 
-  void release_variables() override { latest.reset_data(); }
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    latest.reset_data();
+  }
 
-  // That of the backward pass which runs now; it is gone when the pass ends.
-  Pass& pass() const {
+  Tensor unpacked() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return latest.unpack();
+  }
+
+  // That of the backward pass which runs now. The engine's callback owns it, and is gone when the pass ends or fails.
+  std::shared_ptr<Pass> pass() const {
     const int task = torch::autograd::get_current_graph_task_id();
     std::lock_guard<std::mutex> lock(nodes->mutex);
-    auto [found, is_new] = nodes->passes.try_emplace(task);
-    if (is_new) {
-      found->second.cotangents.resize(nodes->width);
-      found->second.products.resize(nodes->values.size());
-      torch::autograd::Engine::get_default_engine().queue_callback([nodes = nodes, task] {
+    auto found = nodes->passes[task].lock();
+    if (!found) {
+      found = std::make_shared<Pass>();
+      found->cotangents.resize(nodes->width);
+      found->versions.resize(nodes->width);
+      found->products.resize(nodes->values.size());
+      torch::autograd::Engine::get_default_engine().queue_callback([nodes = nodes, task, found] {
         std::lock_guard<std::mutex> lock(nodes->mutex);
         nodes->passes.erase(task);
       });
+      nodes->passes[task] = found;
     }
-    return found->second;
+    return found;
   }
 
   variable_list apply(variable_list&& gradients) override {
     const int64_t width = nodes->width;
-    const Tensor state = latest.unpack(getptr());
+    const Tensor state = unpacked();
     const bool wants_state = task_should_compute_output(1), wants_weights = task_should_compute_output(2);
-    Pass& pass = this->pass();
+    const auto shared = this->pass();
+    Pass& pass = *shared;
     Tensor& own = pass.cotangents[layer % width] = gradients[0];
     // A network often ends in a sum, whose gradient is one number that is seen everywhere.
     const bool in_memory = !at::GradMode::is_enabled() && dense(own);
     if (in_memory && own.strides() != state.strides()) own = at::empty_like(state).copy_(own);
+    if (own.defined()) pass.versions[layer % width] = own._version();
 
     // Layer j mixes the state with weights[j, H - 1 - (j - layer)]. The layers from some j on may have no part in the
     // pass.
     c10::SmallVector<int64_t, 8> places;
     variable_list cotangents;
     for (int64_t j = layer; j < std::min(layer + width, nodes->depth) && pass.cotangents[j % width].defined(); ++j) {
+      TORCH_CHECK(
+          pass.cotangents[j % width]._version() == pass.versions[j % width],
+          "the gradient of layer ", j, " was changed in place, by a hook perhaps; return a new tensor from the hook");
       places.push_back(j * width + width - 1 - (j - layer));
       cotangents.push_back(pass.cotangents[j % width]);
     }
@@ -244,8 +262,9 @@ std::optional<Tensor> mix_layer(
   const Tensor& latest = window.back();
   if (branch.sizes() != latest.sizes() || branch.dtype() != latest.dtype() || branch.device() != latest.device())
     return {};
-  const auto end = nodes->values.begin() + (layer + 1) * nodes->width;
-  const at::ArrayRef<double> weights(&*end - window.size(), window.size());
+  const int64_t count = window.size();
+  TORCH_INTERNAL_ASSERT(layer < nodes->depth && count <= nodes->width);
+  const at::ArrayRef<double> weights(nodes->values.data() + (layer + 1) * nodes->width - count, count);
   Tensor out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -255,7 +274,7 @@ std::optional<Tensor> mix_layer(
                                          : mix<double>(branch, window, weights, out);
     } else {
       out = at::add(branch, window[0], weights[0]);
-      for (size_t k = 1; k < window.size(); ++k) out.add_(window[k], weights[k]);
+      for (int64_t k = 1; k < count; ++k) out.add_(window[k], weights[k]);
     }
   }
   if (torch::autograd::compute_requires_grad(branch, latest, nodes->weights)) {
@@ -274,5 +293,5 @@ std::optional<Tensor> mix_layer(
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   pybind11::class_<Nodes, c10::intrusive_ptr<Nodes>>(module, "Nodes")
       .def(pybind11::init([](const Tensor& weights) { return c10::make_intrusive<Nodes>(weights); }))
-      .def("mix", &mix_layer);
+      .def("mix", &mix_layer, pybind11::call_guard<pybind11::gil_scoped_release>());
 }

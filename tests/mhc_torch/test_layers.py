@@ -1,5 +1,6 @@
 """MHCSkip, MHCSequential, MatrixMHCSkip and HistoryBuffer against the mathematics, written out in plain loops."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -285,3 +286,12 @@ class Double(nn.Module):
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_window_of_a_skip_is_as_wide_as_its_logits():
+    skip = MHCSkip(max_history=2)
+    skip.config = dataclasses.replace(skip.config, temperature=0.5)
+    assert skip.temperature == 0.5
+    with pytest.raises(ValueError, match=r"max_history must be 2, the number of logits.*got 4"):
+        skip.config = dataclasses.replace(skip.config, max_history=4)
+    assert skip.max_history == 2

@@ -31,6 +31,23 @@ def test_without_a_compiler(empty_cache, monkeypatch):
     assert not list(empty_cache.iterdir())
 
 
+@pytest.mark.parametrize("cache", ["unreadable", "no home"])
+def test_without_a_cache_nothing_is_compiled_and_nothing_fails(empty_cache, monkeypatch, cache):
+    if cache == "unreadable":
+        (empty_cache.parent / "a file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(empty_cache.parent / "a file"))
+        with pytest.raises(RuntimeError, match=r"did not compile into .*a file"):
+            native.build()
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(native.Path, "home", _no_home)
+    assert native.nodes() is None
+
+
+def _no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_a_torn_file_is_named(empty_cache):
     file = native.library()
     file.parent.mkdir()

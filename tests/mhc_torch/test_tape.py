@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from mhc_torch import MHCSequential, native
@@ -328,6 +329,16 @@ def test_shapes_alone():
     assert all(parameter.grad.shape == parameter.shape for parameter in stack.parameters())
 
 
+class _Marked(torch.Tensor):
+    pass
+
+
+def test_a_subclass_of_tensor_stays_one():
+    y = stack_of(3)(torch.randn(2, 3, dtype=F64).as_subclass(_Marked))
+    assert type(y) is _Marked
+    y.sum().backward()
+
+
 def test_a_state_that_was_changed_in_place():
     stack, x = stack_of(5, max_history=3), leaf(2, 3)
     states = states_of(stack, x)
@@ -357,6 +368,62 @@ def test_compiled_nodes_take_the_place_of_operators(nodes):
     called = {event.key: event.count for event in profile.key_averages()}
     assert called["aten::add"] == 30  # autograd's own: the gradients of a state
     assert sum(called.get(f"aten::{name}", 0) for name in ("add_", "mul", "mv", "sum", "copy_")) < 10
+
+
+def test_a_pass_that_fails_keeps_nothing():
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise ValueError("no gradient today")
+
+    stack, x = stack_of(5, max_history=3), leaf(2, 3)
+    for module in stack.wrapped_modules:
+        module.register_forward_hook(lambda module, args, y: _Same.apply(y))
+    y = stack(Failing.apply(x))
+    layers = weakref.WeakSet(_nodes(y.grad_fn))
+    with pytest.raises(ValueError, match="no gradient today"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    del y
+    gc.collect()
+    assert not layers
+
+
+def test_tracers_see_every_operation():
+    stack, x, other = stack_of(4, max_history=3), torch.randn(2, 3, dtype=F64), torch.randn(2, 3, dtype=F64)
+    for traced in (torch.jit.trace(stack, x), make_fx(stack)(x)):
+        torch.testing.assert_close(traced(other), stack(other))
+
+
+def test_a_backward_pass_under_autocast_rounds_no_state():
+    torch.manual_seed(0)
+    stack = MHCSequential([nn.Identity() for _ in range(6)])
+    for skip in stack.skip_layers:
+        nn.init.normal_(skip.mixing_logits)
+    x = torch.randn(2, 64, requires_grad=True)
+    expected = gradients_of(plain_states(stack, x)[-1], [x])
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(gradients_of(stack(x), [x]), expected)
+
+
+def test_a_hook_that_changes_a_gradient_in_place(nodes):
+    stack, x = stack_of(6, max_history=3), leaf(2, 3)
+    plain = stack.wrapped_modules[3].register_forward_hook(lambda module, args, y: _half(y, in_place=False))
+    expected = torch.autograd.grad(stack(x).sum(), x)
+    plain.remove()
+    stack.wrapped_modules[3].register_forward_hook(lambda module, args, y: _half(y, in_place=True))
+    if nodes == "compiled":  # which keeps no copy
+        with pytest.raises(RuntimeError, match=r"gradient of layer 3 was changed in place.*return a new tensor"):
+            stack(x).sum().backward()
+    else:
+        torch.testing.assert_close(torch.autograd.grad(stack(x).sum(), x), expected)
+
+
+def _half(y, in_place):
+    y.register_hook(lambda gradient: gradient.mul_(0.5) if in_place else 0.5 * gradient)
 
 
 def test_memory_of_states_is_hidden_from_nobody():
