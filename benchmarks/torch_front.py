@@ -47,9 +47,9 @@ class ResidualWithLogits(Residual):
     No network whose layers have logits of their own, under the same optimizer, can take less time.
     """
 
-    def __init__(self, layers: list[nn.Module], window: int = 4) -> None:
+    def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__(layers)
-        self.logits = nn.ParameterList(torch.zeros(window) for _ in layers)
+        self.logits = nn.ParameterList(torch.zeros(4) for _ in layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + 0 * torch.stack(list(self.logits)).sum()

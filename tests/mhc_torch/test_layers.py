@@ -13,9 +13,14 @@ from mhc_torch import HistoryBuffer, MatrixMHCSkip, MHCSequential, MHCSkip, mhc_
 F64 = torch.float64
 
 
-def stack_of(depth, **settings):
+def branch():
+    return nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+
+
+def stack_of(depth, make=branch, **settings):
+    """A stack in float64 whose logits are random."""
     torch.manual_seed(0)
-    stack = MHCSequential([nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(depth)], **settings).double()
+    stack = MHCSequential([make() for _ in range(depth)], **settings).double()
     for skip in stack.skip_layers:
         nn.init.normal_(skip.mixing_logits)
     return stack

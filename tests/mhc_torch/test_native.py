@@ -15,11 +15,9 @@ def empty_cache(tmp_path, monkeypatch):
     native.nodes.cache_clear()
 
 
-def test_what_has_been_built_is_not_built_again(monkeypatch):
-    if native.nodes() is None:
-        pytest.skip("the nodes are not compiled: python -m mhc_torch.native")
+def test_what_has_been_built_is_not_built_again(compiled_nodes, monkeypatch):
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    assert native.build() == native.library()
+    assert native.build() == native.library() == compiled_nodes
 
 
 def test_without_a_compiler(empty_cache, monkeypatch):

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from mhc_torch import MHCSequential, native
-from tests.mhc_torch.test_layers import stack_of
+from tests.mhc_torch.test_layers import branch, stack_of
 
 F64 = torch.float64
 
@@ -25,8 +25,8 @@ def nodes(request, monkeypatch):
     """Every test runs on both kinds of nodes, where a compiler has made the second."""
     if request.param == "python":
         monkeypatch.setattr(native, "nodes", lambda: None)
-    elif native.nodes() is None:
-        pytest.skip("the nodes are not compiled: python -m mhc_torch.native")
+    else:
+        request.getfixturevalue("compiled_nodes")
     return request.param
 
 
@@ -171,9 +171,7 @@ def test_states_of_any_memory_layout_keep_it():
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_a_graph_is_freed_without_the_garbage_collector(create_graph):
     # A graph in a cycle keeps its memory until the collector happens to run: steps then grow the heap by turns.
-    stack = stack_of(6, max_history=3)
-    for module in stack.wrapped_modules:
-        module.register_forward_hook(lambda module, args, y: _Same.apply(y))
+    stack = stack_of(6, marked, max_history=3)
     y = stack(leaf(2, 3))
     layers = weakref.WeakSet(_nodes(y.grad_fn))
     gradients = torch.autograd.grad(y.square().sum(), list(stack.parameters()), create_graph=create_graph)
@@ -185,16 +183,24 @@ def test_a_graph_is_freed_without_the_garbage_collector(create_graph):
         gc.enable()
 
 
-class _Same(torch.autograd.Function):
-    """A node that Python can refer to, between those of the stack."""
+class Back(torch.autograd.Function):
+    """The identity, with any function in place of its derivative: a node that Python can refer to."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, back):
+        ctx.back = back
         return x.clone()
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient
+        return ctx.back(gradient), None
+
+
+def marked():
+    """A branch with a node of Python in its graph."""
+    module = branch()
+    module.register_forward_hook(lambda module, args, y: Back.apply(y, lambda gradient: gradient))
+    return module
 
 
 def _nodes(node):
@@ -226,10 +232,7 @@ def two_threads():
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-5), (torch.bfloat16, 0.2)])
 def test_large_states_in_single_and_half_precision(dtype, error, max_history, two_threads):
     # More numbers than one thread takes, and than one piece; against float64.
-    torch.manual_seed(0)
-    exact = MHCSequential([nn.Linear(33, 33) for _ in range(9)], max_history=max_history).double()
-    for skip in exact.skip_layers:
-        nn.init.normal_(skip.mixing_logits)
+    exact = stack_of(9, lambda: nn.Linear(33, 33), max_history=max_history)
     rough = copy.deepcopy(exact).to(dtype)
     x = torch.randn(2501, 33, dtype=F64)
     y, expected = rough(x.to(dtype)), plain_states(exact, x)[-1]
@@ -259,10 +262,7 @@ def test_tensors_that_do_not_fill_their_memory(of):
 
 @pytest.mark.parametrize("view", ["expanded", "every other column", "empty"])
 def test_states_that_are_all_views(view):
-    torch.manual_seed(0)
-    stack = MHCSequential([nn.Identity() for _ in range(3)], max_history=3).double()
-    for skip in stack.skip_layers:
-        nn.init.normal_(skip.mixing_logits)
+    stack = stack_of(3, nn.Identity, max_history=3)
     whole = leaf(0, 6) if view == "empty" else leaf(1, 6)
     x = whole.expand(4, 6) if view == "expanded" else whole[:, ::2]
     y, expected = stack(x), plain_states(stack, x)[-1]
@@ -272,30 +272,17 @@ def test_states_that_are_all_views(view):
 
 
 def test_complex_states():
-    torch.manual_seed(0)
-    stack = MHCSequential([nn.Tanh() for _ in range(4)], max_history=3).double()
-    for skip in stack.skip_layers:
-        nn.init.normal_(skip.mixing_logits)
+    stack = stack_of(4, nn.Tanh, max_history=3)
     x = torch.randn(2, 3, dtype=torch.complex128, requires_grad=True)
     leaves = [x, *(skip.logits for skip in stack.skip_layers[1:])]
     ours = torch.autograd.grad(stack(x).abs().sum(), leaves)
     torch.testing.assert_close(ours, torch.autograd.grad(plain_states(stack, x)[-1].abs().sum(), leaves))
 
 
-class _NoGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return None
-
-
 def test_a_state_whose_gradient_is_none():
     stack, x = stack_of(5, max_history=3), leaf(2, 3)
     leaves = [x, stack.wrapped_modules[0][0].weight, stack.skip_layers[3].logits]
-    gradients = torch.autograd.grad(_NoGradient.apply(stack(x)).sum(), leaves, allow_unused=True)
+    gradients = torch.autograd.grad(Back.apply(stack(x), lambda _: None).sum(), leaves, allow_unused=True)
     assert all(gradient is None or not gradient.any() for gradient in gradients)
 
 
@@ -371,19 +358,11 @@ def test_compiled_nodes_take_the_place_of_operators(nodes):
 
 
 def test_a_pass_that_fails_keeps_nothing():
-    class Failing(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
+    def fail(gradient):
+        raise ValueError("no gradient today")
 
-        @staticmethod
-        def backward(ctx, gradient):
-            raise ValueError("no gradient today")
-
-    stack, x = stack_of(5, max_history=3), leaf(2, 3)
-    for module in stack.wrapped_modules:
-        module.register_forward_hook(lambda module, args, y: _Same.apply(y))
-    y = stack(Failing.apply(x))
+    stack, x = stack_of(5, marked, max_history=3), leaf(2, 3)
+    y = stack(Back.apply(x, fail))
     layers = weakref.WeakSet(_nodes(y.grad_fn))
     with pytest.raises(ValueError, match="no gradient today"):
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
@@ -399,11 +378,7 @@ def test_tracers_see_every_operation():
 
 
 def test_a_backward_pass_under_autocast_rounds_no_state():
-    torch.manual_seed(0)
-    stack = MHCSequential([nn.Identity() for _ in range(6)])
-    for skip in stack.skip_layers:
-        nn.init.normal_(skip.mixing_logits)
-    x = torch.randn(2, 64, requires_grad=True)
+    stack, x = stack_of(6, nn.Identity).float(), torch.randn(2, 64, requires_grad=True)
     expected = gradients_of(plain_states(stack, x)[-1], [x])
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(gradients_of(stack(x), [x]), expected)
@@ -427,12 +402,12 @@ def _half(y, in_place):
 
 
 def test_memory_of_states_is_hidden_from_nobody():
-    # What is saved passes through the hooks that offload and checkpoint activations: each state once, no more.
-    stack, x = stack_of(6, max_history=3), leaf(2, 3)
+    # What is saved passes through the hooks that offload and checkpoint activations: each state once.
+    stack, x = stack_of(6, nn.Identity, max_history=3), leaf(2, 3)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
         states = states_of(stack, x)
-    assert {state.data_ptr() for state in states[:-1]} <= set(saved)
+    assert [saved.count(state.data_ptr()) for state in states] == [1] * 6 + [0]
     inner = list(stack.parameters())
     ours = torch.autograd.grad(checkpoint(stack, x, use_reentrant=False).square().sum(), [x, *inner])
     torch.testing.assert_close(ours, torch.autograd.grad(stack(x).square().sum(), [x, *inner]))
