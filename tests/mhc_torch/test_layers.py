@@ -276,6 +276,7 @@ class Double(nn.Module):
         (lambda: MHCSkip(auto_project=True)(torch.zeros(2, 3), [torch.zeros(4, 5)]), ValueError, "the width only"),
         (lambda: MHCSkip()(torch.zeros(2), torch.zeros(2)), TypeError, "history must be a list of tensors, got Tensor"),
         (lambda: MHCSkip()(torch.zeros(2), None), TypeError, "history must be a list of tensors, got NoneType"),
+        (lambda: MHCSkip()((torch.zeros(2),), []), TypeError, "output of the branch, must be a tensor, got tuple"),
         (lambda: MHCSkip()(torch.zeros(2), [np.zeros(2)]), TypeError, "got a ndarray in it"),
         (lambda: MatrixMHCSkip()(torch.zeros(2, 3), [torch.zeros(2, 5)]), ValueError, r"\(2, 5\)"),
         (lambda: MHCSkip().mixing_weights(5), ValueError, r"k must be in 0..4, got 5"),
