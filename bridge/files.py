@@ -57,7 +57,7 @@ def load(path: str | os.PathLike[str], model: Any = None) -> Any:
         `model`; without one, name -> array (bfloat16 and float8 as dtypes of ml_dtypes).
 
     Raises:
-        FileNotFoundError: nothing is at `path`.
+        FileNotFoundError: nothing is at `path`, or a shard is missing.
         ValueError: the file is damaged, cut short, of another format, or holds objects other than arrays; or names,
             shapes or dtypes differ from the model's, all of which are listed.
     """

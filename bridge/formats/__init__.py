@@ -25,7 +25,7 @@ def open_file(path: str | os.PathLike[str]) -> Reader:
     """Opens `x.safetensors`, `x.safetensors.index.json` (shards), `x.pt` (.pth, .bin, .ckpt) or an Orbax directory.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
+        FileNotFoundError: there is nothing at `path`, or no file where the index says that a shard is.
         ValueError: the format is unknown, or the file is not what its name says, is cut short or damaged.
     """
     path = Path(path)
@@ -40,7 +40,7 @@ def open_file(path: str | os.PathLike[str]) -> Reader:
 
 def _open_one(path: Path) -> Reader:
     """A single file, which a shard must be."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"path: {path} is not a file")
     if path.suffix == ".safetensors":
         return SafetensorsReader(path)

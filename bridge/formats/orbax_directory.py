@@ -50,7 +50,7 @@ def write_orbax(path: Path, specs: Mapping[str, Spec], pieces: Iterable[Piece]) 
 
     Raises:
         FileExistsError: it exists.
-        ValueError: one name is the beginning of another, so that they make no tree.
+        ValueError: one name is the beginning of another, so that they make no tree; or all arrays are empty.
     """
     path = target_of(path)
     if path.exists():
@@ -63,6 +63,8 @@ def write_orbax(path: Path, specs: Mapping[str, Spec], pieces: Iterable[Piece]) 
     for name in arrays:
         if any(name.startswith(f"{other}.") for other in arrays):
             raise ValueError(f"{name}: another array has the name of its parent, which Orbax cannot store")
+    if not any(array.size for array in arrays.values()):
+        raise ValueError(f"path: Orbax cannot store {path.name}, which has no value in any array; take .safetensors")
     with scratch(path) as directory:
         new = directory / "new"
         with ocp.PyTreeCheckpointer() as checkpointer:

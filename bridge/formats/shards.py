@@ -42,4 +42,4 @@ class ShardsReader(Reader):
 
 def _is_file_name(name: object) -> bool:
     """Whether it names something in the same folder, on every system: "..", "a/b", "a\\b" and "C:a" do not."""
-    return isinstance(name, str) and PureWindowsPath(name).name == name and name != ".." and "\0" not in name
+    return isinstance(name, str) and PureWindowsPath(name).name == name not in ("", "..") and "\0" not in name
