@@ -339,12 +339,12 @@ def project(
     x = streams.flatten(-2)
     if _followed(x):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = _scale(wide.detach().abs().amax(-1, keepdim=True))
+        scale = _scale(torch.linalg.vector_norm(wide.detach(), dim=-1, keepdim=True))
         wide, epsilon = _scaled(wide, norm_epsilon, scale)
         inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
         return wide @ phi.to(wide.dtype) * inverse_rms
-    result: Tensor = _Project.apply(x, phi, norm_epsilon)
-    return result
+    result: Tensor = _Project.apply(x.reshape(-1, x.shape[-1]), phi, norm_epsilon)
+    return result.reshape(*x.shape[:-1], phi.shape[-1])
 
 
 def _followed(x: Tensor) -> bool:
@@ -366,7 +366,7 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
 
 
 class _Project(torch.autograd.Function):
-    """RMSNorm(x) phi; keeps x in its own dtype, and neither a wide nor a normalized copy."""
+    """RMSNorm(x) phi for x (T, nC); keeps x in its own dtype, and neither a wide nor a normalized copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, phi: Tensor, epsilon: float) -> Tensor:
@@ -380,13 +380,11 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor, None]:
         x, phi, result = ctx.saved_tensors
         wide, inverse_rms, scale = _normalizer(x, cotangent.dtype, ctx.epsilon)
-        d_raw = (cotangent * inverse_rms).flatten(0, -2)
+        d_raw = cotangent * inverse_rms
         radial = (cotangent * result).sum(-1, keepdim=True) * inverse_rms.square() / phi.shape[0]
-        wide = wide.flatten(0, -2)
         # Transposed on the way: the tall result (nC, m) directly is the slow side of a CPU's matrix product.
         d_phi = (d_raw.T @ wide).T
-        d_x = (wide * radial.flatten(0, -2)).addmm_(d_raw, phi.to(d_raw.dtype).T, beta=-1)
-        d_x = d_x.reshape(x.shape)
+        d_x = (wide * radial).addmm_(d_raw, phi.to(d_raw.dtype).T, beta=-1)
         return (d_x if scale is None else d_x * scale).to(x.dtype), d_phi.to(phi.dtype), None
 
 
@@ -405,13 +403,17 @@ def _normalizer(x: Tensor, dtype: torch.dtype, epsilon: float) -> tuple[Tensor, 
 
 
 def _fits(norm: Tensor) -> Tensor:
-    """Whether the square of `norm`, and of 1 / norm, is well inside of its dtype."""
-    return norm < 2.0 ** (_exponent(norm.dtype) // 2 - 2)
+    """Whether the third power of `norm`, which derivatives divide by, is well inside of its dtype."""
+    return norm < 2.0 ** (_exponent(norm.dtype) // 3 - 2)
 
 
 def _scale(norm: Tensor) -> Tensor:
-    """A power of two for each token, 1 where the square of `norm` fits, with which the others do. RMSNorm sees none."""
-    return torch.where(_fits(norm), 1.0, 2.0 ** (-5 * _exponent(norm.dtype) // 8)).to(norm.dtype)
+    """A power of two for each token, 1 where `norm` fits, with which the others do. RMSNorm sees no scale."""
+    largest = _exponent(norm.dtype)
+    # Beyond half of the exponents squares overflow, and nothing is known of the norm but that.
+    scale = torch.full_like(norm, 2.0 ** (-3 * largest // 4))
+    scale = torch.where(norm < 2.0 ** (largest // 2), 2.0 ** (-13 * largest // 32), scale)
+    return torch.where(_fits(norm), 1.0, scale)
 
 
 def _exponent(dtype: torch.dtype) -> int:
