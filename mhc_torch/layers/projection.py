@@ -62,7 +62,7 @@ class HistoryProjection(nn.Module):
     def _materialize(self, shape: tuple[int, ...], like: Tensor) -> None:
         weight: Any = self.weight
         with _MATERIALIZING:
-            if isinstance(weight, nn.UninitializedParameter):  # or another thread was here first
+            if isinstance(self.weight, nn.UninitializedParameter):  # or another thread was here first
                 # Not by its own method: other threads must not meet a parameter without numbers.
                 weight.data = nn.init.kaiming_uniform_(like.new_empty(shape), a=math.sqrt(5))  # as torch.nn.Linear
                 weight.__class__ = nn.Parameter

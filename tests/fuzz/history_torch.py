@@ -1,5 +1,6 @@
 """Stacks and skips of mhc_torch against the sums of tests/reference.py: any settings, dtype, size and kind of nodes."""
 
+import contextlib
 from typing import Any
 from unittest import mock
 
@@ -7,13 +8,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from mhc_torch import MatrixMHCSkip, MHCConfig, MHCSequential, MHCSkip, native
+from mhc_torch import MatrixMHCSkip, MHCConfig, MHCSequential, native
 from tests import reference
 
-try:
+with contextlib.suppress(RuntimeError):  # without a compiler the nodes in Python are all there is
     native.build()
-except RuntimeError:  # without a compiler the nodes in Python are all there is
-    pass
 
 ERRORS = {torch.float64: 1e-9, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 STEP = 1e-6
@@ -83,7 +82,9 @@ def _stack(rng: np.random.Generator, dtype: torch.dtype) -> None:
                 config.epsilon,
                 config.temperature,
                 # In mode "residual" there is no gate.
-                float(values[f"skip_layers.{layer}.gate_logit"]) if config.use_gating and config.mode != "residual" else None,
+                float(values[f"skip_layers.{layer}.gate_logit"])
+                if config.use_gating and config.mode != "residual"
+                else None,
                 0.0 if config.mode == "residual" else config.prune_threshold,
             )
 
@@ -99,7 +100,9 @@ def _stack(rng: np.random.Generator, dtype: torch.dtype) -> None:
     if config.detach_history and not by_hand:
         return  # the derivative is not that of the function
     cotangent = torch.from_numpy(rng.normal(size=shape)).to(dtype)
-    _derivatives(rng, output, cotangent, leaves, values, lambda v: expected(v)[-1], ERRORS[dtype] * (1 + depth), str(stack))
+    _derivatives(
+        rng, output, cotangent, leaves, values, lambda v: expected(v)[-1], ERRORS[dtype] * (1 + depth), str(stack)
+    )
 
 
 def _by_hand(stack: MHCSequential, x: torch.Tensor) -> torch.Tensor:
@@ -123,7 +126,9 @@ def _matrix(rng: np.random.Generator, dtype: torch.dtype) -> None:
     def expected(values: dict[str, np.ndarray]) -> np.ndarray:
         k = min(live, skip.max_history)
         logits = values["logits"][-k:, -k:]
-        row = reference.sinkhorn(logits, skip.iterations)[-1] if skip.doubly_stochastic else reference.softmax(logits[-1])
+        row = (
+            reference.sinkhorn(logits, skip.iterations)[-1] if skip.doubly_stochastic else reference.softmax(logits[-1])
+        )
         window = [values[str(i)] for i in range(live + 1 - k, live + 1)]
         return values["0"] + sum(w * state for w, state in zip(row, window, strict=True))
 
@@ -148,9 +153,7 @@ def _derivatives(
     what: str,
 ) -> None:
     """The gradient along one random direction of each leaf, against finite differences of the reference."""
-    gradients = torch.autograd.grad(
-        output, list(leaves.values()), cotangent, allow_unused=True, materialize_grads=True
-    )
+    gradients = torch.autograd.grad(output, list(leaves.values()), cotangent, allow_unused=True, materialize_grads=True)
     weights = cotangent.double().numpy()
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
         direction = rng.normal(size=leaf.shape)

@@ -1,4 +1,4 @@
-"""HyperConnections of mhc_torch against tests/streams_reference.py: any config, dtype, size and transform of torch.func."""
+"""HyperConnections of mhc_torch against tests/streams_reference.py: any config, dtype and transform of torch.func."""
 
 from collections.abc import Callable
 
@@ -91,7 +91,9 @@ def trial(seed: int) -> None:
     size = np.abs(cotangent).sum() + 1
     if kind == "second" and dtype == torch.float64 and scale == 1.0:
         step = 1e-4
-        _, second = torch.func.jvp(lambda leaves: _along(torch.func.grad(loss)(leaves), direction), (leaves,), (tangents,))
+        _, second = torch.func.jvp(
+            lambda leaves: _along(torch.func.grad(loss)(leaves), direction), (leaves,), (tangents,)
+        )
         difference = (along(step) - 2 * along(0) + along(-step)) / step**2
         assert abs(float(second) - difference) <= 1e-3 * (size + abs(difference)), f"{what}: {second} for {difference}"
         return

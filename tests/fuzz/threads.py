@@ -99,7 +99,11 @@ def _model(rng: np.random.Generator) -> nn.Module:
         scope = str(rng.choice(["global", "module"]))
         return inject_mhc(Tower(branches), Probe, "Linear", history_scope=scope, **settings)
     if kind in ("blocks", "shared"):
-        makers = (lambda: MHCConv2d(WIDTH, WIDTH, 1), lambda: MHCBasicBlock(WIDTH, WIDTH), lambda: MHCBottleneck(WIDTH, 1))
+        makers = (
+            lambda: MHCConv2d(WIDTH, WIDTH, 1),
+            lambda: MHCBasicBlock(WIDTH, WIDTH),
+            lambda: MHCBottleneck(WIDTH, 1),
+        )
         blocks = [makers[k]() for k in rng.integers(0, 3, size=depth)]
         between = [nn.Flatten(), Probe(), nn.Unflatten(1, (WIDTH, 1, 1))]
         at = int(rng.integers(depth))

@@ -320,7 +320,11 @@ class Double(nn.Module):
         (lambda: MHCSequential([nn.ReLU(), Double()])(torch.zeros(2, 3)), TypeError, "float64"),
         (lambda: MHCSequential([])(1.0), TypeError, "x must be a tensor, got float"),
         (lambda: MatrixMHCSkip()(1.0, []), TypeError, "must be a tensor, got float"),
-        (lambda: MHCSequential([nn.Identity()])(EIGHT_BITS), TypeError, "x must be bfloat16 or wider, got torch.float8"),
+        (
+            lambda: MHCSequential([nn.Identity()])(EIGHT_BITS),
+            TypeError,
+            "x must be bfloat16 or wider, got torch.float8",
+        ),
         (lambda: MHCSkip()(EIGHT_BITS, [EIGHT_BITS]), TypeError, "x must be bfloat16 or wider, got torch.float8"),
         (lambda: MHCSkip(temperature=1e-46), ValueError, "temperature must be .* got 1e-46; the least in float32"),
     ],
