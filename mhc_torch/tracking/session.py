@@ -17,6 +17,7 @@ from mhc_torch.lightning.settings import Settings, require, require_writable
 from mhc_torch.tracking.backends import BACKENDS, WITH_KEY, WITH_URL, Queued, Run, open_backend
 from mhc_torch.tracking.experiment import Experiment
 from mhc_torch.tracking.git import git_state
+from mhc_torch.tracking.outbox import Interrupts
 from mhc_torch.utils.logging import get_logger
 
 _active: Experiment | None = None
@@ -111,14 +112,14 @@ def start_logging(
 
 def stop_logging() -> None:
     """End the active experiment, see :meth:`Experiment.stop`; without one, do nothing."""
-    atexit.unregister(stop_logging)
     if _active is not None:
         _active.stop()
+    atexit.unregister(stop_logging)
 
 
 def get_active_experiment() -> Experiment | None:
-    """The experiment that was started and not yet stopped."""
-    return None if _active is None or _active.stopped else _active
+    """The experiment that was started in this process and not yet stopped."""
+    return None if _active is None or _active.stopped or _active.process != os.getpid() else _active
 
 
 class AttachExperiment(Callback):
@@ -164,8 +165,9 @@ def _open(runs: Mapping[str, Run], timeout: float) -> list[Any]:
         for name, run in runs.items():
             opened.append(open_backend(name, run, timeout))
     except BaseException:
-        for logger in opened:
-            logger.stop("failed")
+        with Interrupts() as interrupts:
+            for logger in opened:
+                logger.stop("failed", interrupts)
         raise
     return opened
 
