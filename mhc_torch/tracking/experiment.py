@@ -108,8 +108,8 @@ class Experiment:
         Args:
             status: "success" or "failed".
 
-        At Ctrl-C what was not sent goes to a file, see docs/promises.md, and KeyboardInterrupt is raised at the end. In a
-        forked child it does nothing.
+        At Ctrl-C what was not sent goes to a file, and KeyboardInterrupt is raised at the end. In a forked child
+        nothing is done.
 
         Warns:
             RuntimeWarning: a backend did not take everything; the file that holds the rest is named.
