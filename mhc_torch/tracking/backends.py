@@ -157,6 +157,7 @@ class _MLflow(Queued, MLFlowLogger):  # type: ignore[misc]
     all_or_none = frozenset({"log_metrics", "log_hyperparams"})
 
     def open(self, backend: str, unsent: Path, timeout: float) -> None:
+        self._folder = str(unsent.parents[1])
         self._uri_before = os.environ.get("MLFLOW_TRACKING_URI")
         super().open(backend, unsent, timeout)
 
@@ -192,8 +193,19 @@ class _MLflow(Queued, MLFlowLogger):  # type: ignore[misc]
     def close(self, status: str) -> None:
         MLFlowLogger.finalize(self, status)
 
+    @property
+    def save_dir(self) -> str:
+        """Where Lightning puts checkpoints; its own answer for a database is None, the working directory."""
+        return self._folder
+
 
 class _Comet(Queued, CometLogger):  # type: ignore[misc]
+    def open(self, backend: str, unsent: Path, timeout: float) -> None:
+        super().open(backend, unsent, timeout)
+        # Comet would end the run by itself before `atexit` lets us send what waits.
+        if (hook := getattr(self.experiment, "_atexit_hook", None)) is not None:
+            hook.disable()
+
     def _send_whole(self, method: str, arguments: dict[str, Any]) -> None:
         if method == "log_metrics":
             # Lightning takes "epoch" out, and a record of nothing else would be lost.
@@ -207,6 +219,8 @@ class _Comet(Queued, CometLogger):  # type: ignore[misc]
     def close(self, status: str) -> None:
         if status != "success":
             self.experiment.log_other("status", status)
+            # Comet has no public way to say it; this is what its own hook for uncaught exceptions calls.
+            self.experiment._report_experiment_error("the run failed", has_crashed=True)
         self.experiment.end()
 
 
@@ -243,6 +257,8 @@ def _mlflow(run: Run) -> Queued:
         artifacts = (run.folder / "mlartifacts").absolute().as_uri()
     elif urlsplit(uri).scheme in ("http", "https"):
         _reach("mlflow", uri, "leave backend_url out")
+    if uri.startswith("sqlite:"):
+        _require_database(uri)
     return _MLflow(run.project, run_name=run.name, tracking_uri=uri, artifact_location=artifacts)
 
 
@@ -340,6 +356,24 @@ def _reach(backend: str, url: str, otherwise: str) -> None:
         raise ConnectionError(
             f"{backend}: cannot reach {url} ({error}); check backend_url and the network, or stay offline: {otherwise}"
         ) from error
+
+
+def _require_database(uri: str) -> None:
+    """One clear error now, where MLflow would try again for minutes."""
+    import sqlite3
+
+    from sqlalchemy.engine import make_url
+
+    path = make_url(uri).database
+    try:
+        database = sqlite3.connect(path or ":memory:", timeout=10, isolation_level=None)
+        try:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("ROLLBACK")
+        finally:
+            database.close()
+    except sqlite3.Error as error:
+        raise ValueError(f"backend_url: cannot write to MLflow's database {path} ({error})") from error
 
 
 def _netrc_password(url: str) -> str | None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -564,12 +565,12 @@ def test_pictures_that_are_not_sent_are_kept_whole(tmp_path):
     assert Image.open(io.BytesIO(base64.b64decode(kept["picture"]))).tobytes() == picture.tobytes()
 
 
-def run_script(folder, script, **options):
+def run_script(folder, script, variables=None):
     """A script of its own, with `folder` as sys.argv[1] and the working directory."""
-    environment = dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | (variables or {})
     command = [sys.executable, "-c", "import os, sys, time\n" + script, str(folder)]
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -680,3 +681,97 @@ def test_one_refused_name_costs_only_itself(new_folder, caplog):
         ({"bad?*": 2}, None),
         (None, {"../bad": 2.0}),
     ]
+
+
+@pytest.mark.parametrize("end", ["raise ZeroDivisionError('boom')", "sys.exit(1)", "raise KeyboardInterrupt", "pass"])
+def test_however_a_script_ends_every_backend_has_its_records(new_folder, end):
+    folder = new_folder()
+    script = (
+        START
+        + f"""
+experiment = start("mlflow", "clearml", "comet")
+for step in range(100):
+    experiment.log_metrics({{"loss": step}}, step)
+print("the run", experiment.loggers[0].run_id, flush=True)
+{end}
+"""
+    )
+    output, errors = run_script(folder, script).communicate(timeout=120)
+    (run_id,) = [line.split()[2] for line in output.splitlines() if line.startswith("the run ")]
+    expected = {step: step for step in range(100)}
+    assert readers.mlflow_store(f"sqlite:///{folder}/mlflow.db", run_id, folder)[0]["loss"] == expected, errors
+    assert readers.clearml_session(folder / "clearml", HEATMAP)[0]["loss"] == expected, errors
+    assert readers.comet_archive(folder / "comet", HEATMAP)[0]["loss"] == expected, errors
+    if "exit" not in end:  # its status is not to be had at exit
+        failed = "raise" in end
+        assert readers.mlflow_status(f"sqlite:///{folder}/mlflow.db", run_id) == ("FAILED" if failed else "FINISHED")
+        assert readers.comet_failed(folder / "comet") == failed
+
+
+def test_a_failed_run_is_failed_in_comet(tmp_path):
+    experiment = start_logging("n", "p", "comet", config=quiet(tmp_path))
+    experiment.stop("failed")
+    assert readers.comet_failed(tmp_path / "comet")
+
+
+def test_a_database_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"backend_url: cannot write to MLflow's database .*/folder"):
+        start_logging("n", "p", "mlflow", backend_url=f"sqlite:///{tmp_path}/folder", config=quiet(tmp_path))
+
+
+def test_checkpoints_lie_in_the_folder_of_the_experiment(new_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = new_folder()
+    start_logging("n", "p", "mlflow", config=quiet(folder))
+    trainer(enable_checkpointing=True).fit(Classifier(), loader(1))
+    stop_logging()
+    assert list(tmp_path.iterdir()) == []
+    assert len(list(folder.glob("*/*/checkpoints/*.ckpt"))) == 1
+
+
+def test_a_trainer_that_was_made_too_early_says_so(tmp_path):
+    early = trainer()
+    start_logging("a", "p", "tensorboard", config=quiet(tmp_path))
+    with pytest.warns(RuntimeWarning, match=r"made before the experiment 'a' .* experiment.attach\(trainer\)"):
+        early.fit(Classifier(), loader(1))
+    attached = trainer()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="this Trainer was made before")
+        attached.fit(Classifier(), loader(1))
+
+
+DRIVER = """
+// Stands for the driver of a GPU that knows its memory and not its utilization, as in MIG mode.
+#include <string.h>
+typedef struct { unsigned long long total, free, used; } Memory;
+int nvmlInitWithFlags(unsigned f) { return 0; }
+int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetCount_v2(unsigned *n) { *n = 1; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **d) { *d = (void *)1; return 0; }
+int nvmlDeviceGetUtilizationRates(void *d, void *u) { return 3; }  // NVML_ERROR_NOT_SUPPORTED
+int nvmlDeviceGetMemoryInfo(void *d, Memory *m) { m->total = m->free = m->used = 7ull << 20; return 0; }
+const char *nvmlErrorString(int e) { return "Not Supported"; }
+"""
+
+
+def test_a_gpu_that_does_not_know_one_query_is_asked_the_others(tmp_path):
+    if (compiler := shutil.which("cc")) is None:
+        pytest.skip("there is no C compiler")
+    (tmp_path / "driver.c").write_text(DRIVER)
+    library = tmp_path / "libnvidia-ml.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "driver.c"], check=True)
+    script = (
+        START
+        + """
+with start("tensorboard", track_system=True, metrics_interval=0.1) as experiment:
+    time.sleep(0.5)
+"""
+    )
+    environment = {"LD_LIBRARY_PATH": str(tmp_path)}
+    _, errors = run_script(tmp_path, script, variables=environment).communicate(timeout=120)
+    scalars = readers.tensorboard(events(tmp_path))[0]
+    assert len(scalars["system/cpu_percent"]) > 1, errors
+    assert set(scalars["system/gpu_0/memory_used_mib"].values()) == {7}
+    assert "system/gpu_0/utilization_percent" not in scalars
+    assert errors.count("no system metric gpu_0/utilization_percent") == 1
