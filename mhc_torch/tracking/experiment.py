@@ -34,6 +34,7 @@ class Experiment:
         loggers: a Lightning logger for each backend, in the order given. ``Trainer(logger=experiment.loggers)`` is the
             explicit way to track a Trainer. On other ranks than zero they do nothing.
         stopped: whether it has ended.
+        trained_to: the highest step that a Trainer has reached in it.
         process: the id of the process it belongs to; in a fork of it nothing can be logged.
     """
 
@@ -42,6 +43,7 @@ class Experiment:
         self.loggers = list(loggers)
         self.stopped = False
         self.process = os.getpid()
+        self.trained_to = 0
         self._monitor: SystemMonitor | None = None
         self._trainers: WeakSet[Any] = WeakSet()
 
@@ -94,7 +96,10 @@ class Experiment:
 
         A Trainer made while the experiment is active does that by itself.
         """
-        trainer.loggers = trainer.loggers + [logger for logger in self.loggers if logger not in trainer.loggers]
+        given = [logger for logger in trainer.loggers if logger not in self.loggers]
+        # What nobody asked for must not be `self.logger` and the folder of checkpoints.
+        default = [logger for logger in given if _is_default(logger, trainer.default_root_dir)]
+        trainer.loggers = [logger for logger in given if logger not in default] + self.loggers + default
         self._trainers.add(trainer)
 
     def flush(self) -> None:
@@ -146,6 +151,14 @@ class Experiment:
     def __repr__(self) -> str:
         state = "stopped" if self.stopped else "active"
         return f"Experiment({self.name!r}, {self.project!r}, {len(self.loggers)} backends, {state})"
+
+
+def _is_default(logger: Logger, folder: str) -> bool:
+    """Whether it is, or equals, the one that Lightning makes where no logger was given."""
+    kind = type(logger)
+    lightning = kind.__module__.startswith(("lightning.", "pytorch_lightning."))
+    default = lightning and kind.__name__ in ("TensorBoardLogger", "CSVLogger") and logger.name == "lightning_logs"
+    return default and logger.save_dir == folder
 
 
 def _number(key: str, value: Any) -> float:

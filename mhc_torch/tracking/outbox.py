@@ -228,9 +228,9 @@ class Outbox:
                     self._busy, self._since = True, time.monotonic()
                     return record
                 if self._closed:
-                    record, self._finish = self._finish, None
-                    self._busy, self._since = record is not None, time.monotonic()
-                    return record
+                    last, self._finish = self._finish, None
+                    self._busy, self._since = last is not None, time.monotonic()
+                    return last
                 self._changed.wait(0.5)
 
     def _take(self) -> Iterator[Record]:

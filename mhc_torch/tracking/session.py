@@ -73,8 +73,8 @@ def start_logging(
         config: a TrackingConfig or its fields.
 
     Raises:
-        ValueError: an unknown backend or field, a key or URL for a backend that takes none, a ``save_dir`` or a database
-            that cannot be written to.
+        ValueError: an unknown backend or field, a key or URL for a backend that takes none, a ``save_dir`` or a
+            database that cannot be written to.
         ImportError: a backend is not installed; the message names the extra to install.
         ConnectionError: a server does not answer.
         RuntimeError: an experiment is active already.
@@ -152,6 +152,20 @@ class AttachExperiment(Callback):
             experiment.attach(trainer)
             if stage == "fit":
                 experiment.log_hyperparams({"trainer": trainer_settings(trainer)})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        experiment = get_active_experiment()
+        if experiment is not None and trainer.global_step < experiment.trained_to:
+            warnings.warn(
+                f"this training starts at step {trainer.global_step}, and the experiment {experiment.name!r} has one up "
+                f"to step {experiment.trained_to}: their steps overlap; start an experiment for each",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (experiment := get_active_experiment()) is not None:
+            experiment.trained_to = max(experiment.trained_to, trainer.global_step)
 
 
 class LateTrainer(Callback):

@@ -775,3 +775,23 @@ with start("tensorboard", track_system=True, metrics_interval=0.1) as experiment
     assert set(scalars["system/gpu_0/memory_used_mib"].values()) == {7}
     assert "system/gpu_0/utilization_percent" not in scalars
     assert errors.count("no system metric gpu_0/utilization_percent") == 1
+
+
+def test_the_logger_that_lightning_makes_by_itself_comes_last(tmp_path):
+    experiment = start_logging("a", "p", "tensorboard", config=quiet(tmp_path / "runs"))
+    fitted = trainer(logger=True, default_root_dir=str(tmp_path))
+    fitted.fit(Classifier(), loader(1))
+    assert fitted.logger is experiment.loggers[0]
+    assert len(fitted.loggers) == 2
+
+
+def test_trainings_whose_steps_overlap_are_said(tmp_path):
+    start_logging("a", "p", "tensorboard", config=quiet(tmp_path))
+    first = trainer()
+    first.fit(Classifier(), loader(2))
+    first.fit_loop.max_epochs = 2
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="this training starts")
+        first.fit(Classifier(), loader(2))  # goes on
+    with pytest.warns(RuntimeWarning, match="starts at step 0, .* up to step 4: their steps overlap"):
+        trainer().fit(Classifier(), loader(1))
