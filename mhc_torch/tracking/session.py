@@ -157,7 +157,7 @@ class AttachExperiment(Callback):
         experiment = get_active_experiment()
         if experiment is not None and trainer.global_step < experiment.trained_to:
             warnings.warn(
-                f"this training starts at step {trainer.global_step}, and the experiment {experiment.name!r} has one up "
+                f"this training starts at step {trainer.global_step}, and {experiment.name!r} has one up "
                 f"to step {experiment.trained_to}: their steps overlap; start an experiment for each",
                 RuntimeWarning,
                 stacklevel=2,
