@@ -62,7 +62,7 @@ class Queued:
             super().log_metrics(metrics, step)  # type: ignore[misc]
             return
         # Arrays are read now: they may change before they are sent.
-        values = {key: value.item() if _is_scalar(value) else value for key, value in metrics.items()}
+        values = {key: _read(value) for key, value in metrics.items()}
         self.outbox.put("log_metrics", {"metrics": values, "step": step})
 
     def log_hyperparams(self, params: Mapping[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -342,8 +342,9 @@ def _entries(arguments: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return field, arguments[field]
 
 
-def _is_scalar(value: Any) -> bool:
-    return hasattr(value, "item") and getattr(value, "ndim", None) == 0
+def _read(value: Any) -> Any:
+    """A scalar array as a number, anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _reach(backend: str, url: str, otherwise: str) -> None:
