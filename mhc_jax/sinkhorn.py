@@ -40,7 +40,19 @@ def sinkhorn(
     Returns:
         Matrices of the same shape: rows sum to 1 exactly (up to rounding), columns as far as the iterations go.
     """
+    return forward(logits, iterations=iterations, epsilon=epsilon)
+
+
+@partial(jax.jit, static_argnames=("iterations", "epsilon"), inline=True)
+def forward(logits: Array, *, iterations: int, epsilon: float) -> Array:
+    """The operations of `sinkhorn`, with the derivatives of both modes that JAX finds."""
     return _over_chunks(partial(_forward, iterations=iterations, epsilon=epsilon), logits)
+
+
+@partial(jax.jit, static_argnames=("iterations", "epsilon"), inline=True)
+def backward(logits: Array, cotangent: Array, *, iterations: int, epsilon: float) -> Array:
+    """The derivative of `sinkhorn`: the gradient of its logits from that of its result."""
+    return _over_chunks(partial(_backward, iterations=iterations, epsilon=epsilon), logits, cotangent)
 
 
 def _over_chunks(function: Callable[..., Array], *matrices: Array) -> Array:
@@ -109,11 +121,12 @@ def _backward(logits: Array, cotangent: Array, *, iterations: int, epsilon: floa
 
 
 def _sinkhorn_fwd(logits: Array, iterations: int, epsilon: float) -> tuple[Array, Array]:
-    return sinkhorn(logits, iterations, epsilon), logits
+    # Not `sinkhorn`, whose derivative is reverse only: a Hessian takes the forward-mode derivative of this.
+    return forward(logits, iterations=iterations, epsilon=epsilon), logits
 
 
 def _sinkhorn_bwd(iterations: int, epsilon: float, logits: Array, cotangent: Array) -> tuple[Array]:
-    return (_over_chunks(partial(_backward, iterations=iterations, epsilon=epsilon), logits, cotangent),)
+    return (backward(logits, cotangent, iterations=iterations, epsilon=epsilon),)
 
 
 sinkhorn.defvjp(_sinkhorn_fwd, _sinkhorn_bwd)

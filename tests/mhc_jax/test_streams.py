@@ -157,7 +157,7 @@ def test_blocks_keep_fewer_streams_and_change_nothing_else():
     kept, kept_bytes, kept_branches = run(1)
     assert streams.optimal_block_length(4, depth) == 4
     recomputed, recomputed_bytes, recomputed_branches = run(4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), recomputed, kept)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6 * abs(b).max()), recomputed, kept)
     assert recomputed_bytes < 0.8 * kept_bytes
     assert recomputed_branches == kept_branches == 1, "a branch must not run twice"
     with pytest.raises(ValueError, match="block_length must divide the depth 16, got 3"):
