@@ -167,13 +167,16 @@ def _log_steps(z: Array, v: Array, steps: int | Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _repeated(z: Array, iterations: int) -> Array:
-    return _log_last_step(z, _log_steps(z, jnp.zeros_like(z[..., 0, :]), iterations - 1))
+    return _repeated_fwd(z, iterations)[0]
 
 
+# Without `_repeated`, as in `_sinkhorn_fwd`.
+@partial(jax.jit, static_argnums=1, inline=True)
 def _repeated_fwd(z: Array, iterations: int) -> tuple[Array, Array]:
-    return _repeated(z, iterations), z
+    return _log_last_step(z, _log_steps(z, jnp.zeros_like(z[..., 0, :]), iterations - 1)), z
 
 
+@partial(jax.jit, static_argnums=0, inline=True)
 def _repeated_bwd(iterations: int, z: Array, g: Array) -> tuple[Array]:
     """Walks the iterations backwards, finding each v again from the nearest of a fixed number of checkpoints."""
     stride = -(-iterations // _CHECKPOINTS)
@@ -198,6 +201,7 @@ _repeated.defvjp(_repeated_fwd, _repeated_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _converged(z: Array, iterations: int, tolerance: float) -> Array:
     def unfinished(carry: tuple[Array, Array, Array]) -> Array:
         count, v, v_next = carry
@@ -218,6 +222,7 @@ def _converged_fwd(z: Array, iterations: int, tolerance: float) -> tuple[Array, 
     return weights, weights
 
 
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _converged_bwd(iterations: int, tolerance: float, p: Array, g: Array) -> tuple[Array]:
     """At the fixed point ``dz = P * (g - a_i - b_j)``, with a, b such that its rows and columns sum to 0.
 

@@ -191,7 +191,7 @@ def maps(params: StreamParams, streams: Float[Array, "*tokens n C"], config: Str
         static = _maps_from_logits(params.bias.astype(dtype), config)
         return Maps(*(jnp.broadcast_to(m, lead + m.shape) for m in static))
     raw, inverse_rms = _project(params.phi, streams, config)
-    return _maps_from_raw(raw, inverse_rms, params.alpha, params.bias, config)
+    return _maps_from_normalized(raw * inverse_rms, params.alpha, params.bias, config)
 
 
 def _project(
@@ -213,20 +213,18 @@ def _project_by_xla(streams: Array, phi: Array, *, epsilon: float) -> tuple[Arra
     return jnp.matmul(flat, phi), norm.inverse_rms(flat, epsilon)
 
 
-def _maps_from_raw(
-    raw: Array,
-    inverse_rms: Array,
+def _maps_from_normalized(
+    normalized: Array,
     alpha: Array,
     bias: Array,
     config: StreamConfig,
     implementation: Implementation = None,
 ) -> Maps:
     sizes = np.array([config.streams, config.streams, config.residual_logits])
-    gates = jnp.repeat(alpha.astype(raw.dtype), sizes, total_repeat_length=config.logits)
-    normalized = raw * inverse_rms
+    gates = jnp.repeat(alpha.astype(normalized.dtype), sizes, total_repeat_length=config.logits)
     if config.constraint == "none":
-        return _maps_from_logits(gates * jnp.tanh(normalized) + bias.astype(raw.dtype), config)
-    return _maps_from_logits(gates * normalized + bias.astype(raw.dtype), config, implementation)
+        return _maps_from_logits(gates * jnp.tanh(normalized) + bias.astype(normalized.dtype), config)
+    return _maps_from_logits(gates * normalized + bias.astype(normalized.dtype), config, implementation)
 
 
 def _maps_from_logits(logits: Array, config: StreamConfig, implementation: Implementation = None) -> Maps:
@@ -308,7 +306,7 @@ def _read(
     phi: Array, alpha: Array, bias: Array, streams: Array, config: StreamConfig, implementation: Implementation
 ) -> tuple[Array, Array, Array]:
     raw, inverse_rms = _project(phi, streams, config, implementation)
-    pre, post, res = _maps_from_raw(raw, inverse_rms, alpha, bias, config, implementation)
+    pre, post, res = _maps_from_normalized(raw * inverse_rms, alpha, bias, config, implementation)
     return _collapse(pre, streams, implementation), post, res
 
 
@@ -317,8 +315,8 @@ def _read_fwd(
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
     raw, inverse_rms = _project(phi, streams, config, implementation)
     # By `jax.vjp`, which puts the forward pass of `sinkhorn` in its place: a Hessian needs derivatives of both modes.
-    maps_of = partial(_maps_from_raw, config=config, implementation=implementation)
-    (pre, post, res), _ = jax.vjp(maps_of, raw, inverse_rms, alpha, bias)
+    maps_of = partial(_maps_from_normalized, config=config, implementation=implementation)
+    (pre, post, res), _ = jax.vjp(maps_of, raw * inverse_rms, alpha, bias)
     return (_collapse(pre, streams, implementation), post, res), (phi, alpha, bias, streams, raw, inverse_rms)
 
 
@@ -331,13 +329,15 @@ def _read_bwd(
     phi, alpha, bias, streams, raw, inverse_rms = saved
     d_input, d_post, d_res = cotangents
     dtype = raw.dtype
-    maps_again = partial(_maps_from_raw, config=config, implementation=implementation)
-    (pre, _, _), pullback = jax.vjp(maps_again, raw, inverse_rms, alpha, bias)
+    normalized = raw * inverse_rms
+    maps_again = partial(_maps_from_normalized, config=config, implementation=implementation)
+    (pre, _, _), pullback = jax.vjp(maps_again, normalized, alpha, bias)
     weights = implemented(implementation, read_kernels.collapse_weights, _collapse_weights_by_xla)
     d_pre = weights(d_input, streams, dtype=dtype)
-    d_raw, d_inverse_rms, d_alpha, d_bias = pullback(Maps(d_pre, d_post, d_res))
-    # The derivative of 1 / rms by vec(X) is radial * (vec(X) / rms), in an order in which all products stay in range.
-    radial = -(d_inverse_rms * inverse_rms) * inverse_rms / phi.shape[0]
+    d_normalized, d_alpha, d_bias = pullback(Maps(d_pre, d_post, d_res))
+    # Through 1 / rms, vec(X) gets radial * (vec(X) / rms). No factor here is the square of a stream, or of 1 / rms.
+    d_raw = d_normalized * inverse_rms
+    radial = -jnp.sum(d_normalized * normalized, axis=-1, keepdims=True) * inverse_rms / phi.shape[0]
     backward = implemented(implementation, read_kernels.backward, _backward_by_xla)
     d_streams, d_phi = backward(streams, phi.astype(dtype), pre, d_input, d_raw, radial, inverse_rms)
     return d_phi.astype(phi.dtype), d_alpha, d_bias, d_streams
@@ -399,7 +399,7 @@ def _merged(streams: Array, output: Array, post: Array, res: Array) -> Array:
     return mixed.astype(streams.dtype)
 
 
-# One piece to the policy of `apply_layers`, which would keep the products inside: their factors are smaller than streams.
+# One piece to the policy of `apply_layers`, which would keep the products inside, whose factors are not streams.
 _write_by_xla = jax.custom_jvp(_merged)
 _write_by_xla.defjvp(lambda primals, tangents: jax.jvp(_merged, primals, tangents))
 
