@@ -207,9 +207,9 @@ def apply_layers(
             ``jacfwd``), for which there is ``apply_layers_reference``. Second derivatives work: reverse over reverse,
             and forward over reverse (``jax.hessian`` is ``jacfwd(jacrev(...))``).
     """
-    if jax.config.jax_disable_jit:
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         # Layer by layer, as one who debugs wants it; a scan would have to stack derivatives that JAX holds to differ.
-        options = {"gate_logits": gate_logits, "keys": keys, "mixing_key": mixing_key, "policy": policy}
+        options: Any = {"gate_logits": gate_logits, "keys": keys, "mixing_key": mixing_key, "policy": policy}
         return apply_layers_reference(branch, params, x, logits, config, **options)
     x = _floating(x)
     weights = _stack_weights(params, x, logits, config, gate_logits, mixing_key)

@@ -482,8 +482,8 @@ def apply_layers(
     return _scan(function, block_length, shared, params, streams)
 
 
-# Compiled, so that a call outside jit finds what an earlier one compiled; inside, the operations stand as they are.
-@partial(jax.jit, static_argnums=(0, 1), inline=True)
+# Compiled, so that a call outside jit finds what an earlier one compiled; not inline, so that its derivative does too.
+@partial(jax.jit, static_argnums=(0, 1))
 def _scan(function: Traced, block_length: int, shared: list[Array], params: Any, streams: Array) -> Array:
     def step(streams: Array, params: Any) -> tuple[Array, None]:
         return function(shared, params, streams), None

@@ -12,6 +12,8 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import Array
 
+_SMALL = 1024
+
 
 class Traced:
     """`function(shared, *args)`: equal, and of equal hash, to every other of the same operations.
@@ -66,8 +68,8 @@ def _derivative_key(traced: Traced, shared: list[Array], args: Any, out: Any, so
     except (TypeError, ValueError, NotImplementedError):
         return None  # a function without a reverse derivative is its operations alone
     rules: list[Any] = []
-    # The arrays that a rule closed over cannot be told apart from inside, so they are compared as objects.
-    key = _jaxpr_key(closed.jaxpr, rules), tuple(map(_Same, closed.consts))
+    # The arrays that a rule closed over are no arguments: they are part of what it computes.
+    key = _jaxpr_key(closed.jaxpr, rules), tuple(map(_constant_key, closed.consts))
     # Rules of rules matter to second derivatives only; there, the same source has to do.
     return (*key, _value_key(source, [])) if rules else key
 
@@ -114,17 +116,27 @@ def _params(eqn: core.JaxprEqn, rules: list[Any]) -> Iterator[tuple[str, Any]]:
 
 def _value_key(value: Any, rules: list[Any]) -> Any:
     if isinstance(value, core.ClosedJaxpr):
-        return _jaxpr_key(value.jaxpr, rules), tuple(map(_Same, value.consts))
+        return _jaxpr_key(value.jaxpr, rules), tuple(map(_constant_key, value.consts))
     if isinstance(value, core.Jaxpr):
         return _jaxpr_key(value, rules)
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         return type(value), tuple(_value_key(each, rules) for each in value)
     if isinstance(value, (float, np.generic)):
         return type(value), np.asarray(value).tobytes()  # 0.0 == -0.0, and NaN is not NaN
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        return type(value), value.dtype, value.tobytes()
+    if isinstance(value, np.ndarray):
+        return _constant_key(value)
     try:
         hash(value)
     except TypeError:
         return _Same(value)
     return type(value), value  # True == 1 == 1.0
+
+
+def _constant_key(value: Any) -> Any:
+    # Tables that an operation makes for itself are new at each call; what is large, or elsewhere, is not looked into.
+    here = isinstance(value, np.ndarray) or (
+        isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.is_fully_addressable
+    )
+    if not here or value.size > _SMALL or jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
+        return _Same(value)
+    return value.shape, value.dtype, getattr(value, "weak_type", False), np.asarray(value).tobytes()

@@ -49,10 +49,8 @@ def trial(seed: int) -> None:
     config, _, dtype = CASES[case]
     features = config.streams * WIDTH
     exponent = rng.uniform(-1, 1) if dtype == jnp.float64 else rng.uniform(-30, 35)
-    if config.norm_epsilon == 0 or exponent > -3:
-        scale = 10.0**exponent
-    else:
-        scale = 10.0**-3
+    # Smaller ones are no longer normalized where norm_epsilon is all that counts.
+    scale = 10.0 ** (exponent if config.norm_epsilon == 0 else max(exponent, -3))
     shapes = (features, config.logits), (3,), (config.logits,), (TOKENS, config.streams, WIDTH)
 
     def drawn():
