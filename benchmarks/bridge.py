@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bridge
+import mhc_jax.models as jax_models
 import mhc_jax.nn as jax_mhc
 import mhc_torch as torch_mhc
 from benchmarks import bridge_call
@@ -24,7 +25,7 @@ from benchmarks.timing import Spread, environment, interleaved, ratio, write_jso
 
 
 class TorchResNet(nn.Module):
-    """The torch form of `mhc_jax.nn.MHCResNet` with bottleneck blocks."""
+    """The torch form of `mhc_jax.models.MHCResNet` with bottleneck blocks."""
 
     def __init__(self, stage_sizes: Sequence[int], num_classes: int, features: int) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ class TorchLayer(nn.Module):
 
 
 class TorchTransformer(nn.Module):
-    """The torch form of `mhc_jax.nn.MHCTransformer`."""
+    """The torch form of `mhc_jax.models.MHCTransformer`."""
 
     def __init__(self, vocabulary: int, features: int, num_heads: int, depth: int, max_length: int) -> None:
         super().__init__()
@@ -101,7 +102,8 @@ class TorchTransformer(nn.Module):
 
 def resnet(stage_sizes: Sequence[int], num_classes: int, features: int) -> tuple[nnx.Module, nn.Module]:
     """A ResNet with history, in both frameworks; (3, 4, 6, 3), 1000 and 64 are the sizes of ResNet-50."""
-    ours = jax_mhc.MHCResNet(stage_sizes, num_classes, features=features, block=jax_mhc.MHCBottleneck, rngs=nnx.Rngs(0))
+    block = jax_mhc.MHCBottleneck
+    ours = jax_models.MHCResNet(stage_sizes, num_classes, features=features, block=block, rngs=nnx.Rngs(0))
     return ours, TorchResNet(stage_sizes, num_classes, features)
 
 
@@ -109,7 +111,7 @@ def transformer(
     vocabulary: int, features: int, num_heads: int, depth: int, max_length: int
 ) -> tuple[nnx.Module, nn.Module]:
     """A decoder-only transformer with history, in both frameworks."""
-    ours = jax_mhc.MHCTransformer(
+    ours = jax_models.MHCTransformer(
         vocabulary,
         features=features,
         num_heads=num_heads,

@@ -26,8 +26,9 @@ from benchmarks.record import RESULTS, output_file
 from benchmarks.timing import environment, write_json
 from demo.data import CLASSES, PIXELS, load_splits
 from demo.jax_side import Block, PlainStack
-from mhc_jax.nn import HyperConnections, MHCStack, MHCTransformer, StreamStack
-from mhc_jax.nn.transformer import AttentionBranch, MLPBranch
+from mhc_jax.models import MHCTransformer
+from mhc_jax.models.transformer import AttentionBranch, MLPBranch
+from mhc_jax.nn import HyperConnections, MHCStack, StreamStack
 
 RESULT = RESULTS / "quality-cpu.json"
 FIGURE = Path("docs/images/quality.png")

@@ -20,8 +20,8 @@ from flax import nnx
 from hyper_connections.manifold_constrained_hyper_connections import get_init_and_expand_reduce_stream_functions
 from torch import nn
 
-import mhc_jax.nn.transformer as jax_transformer
-import mhc_torch.layers.transformer as torch_transformer
+import mhc_jax.models.transformer as jax_transformer
+import mhc_torch.models.transformer as torch_transformer
 from benchmarks.record import output_file
 from benchmarks.timing import Spread, environment, interleaved, ratio, write_json
 from mhc_jax.sinkhorn import sinkhorn

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mhc_jax.config import MHCConfig
+from mhc_jax.history.config import MHCConfig
 from mhc_jax.nn.skip import MHCSkip, as_config
 
 Image = Float[Array, "B *spatial C"]

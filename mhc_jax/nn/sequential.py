@@ -7,8 +7,8 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mhc_jax.checks import expect_finite
-from mhc_jax.config import MHCConfig
+from mhc_jax.history.config import MHCConfig
+from mhc_jax.monitoring.nonfinite import expect_finite
 from mhc_jax.nn.errors import noted
 from mhc_jax.nn.skip import MHCSkip, as_config, stack_weights
 

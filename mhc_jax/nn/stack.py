@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mhc_jax.config import MHCConfig
-from mhc_jax.mixing import apply_layers, mixing_weights
+from mhc_jax.history import apply_layers, mixing_weights
+from mhc_jax.history.config import MHCConfig
 from mhc_jax.nn.errors import noted
 from mhc_jax.nn.merged import Merged
 from mhc_jax.nn.skip import GATE_INIT, as_config, initial_logits

@@ -1,0 +1,27 @@
+"""Who follows the operations of torch one by one, and so cannot look into nodes and operators of ours."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def followed(x: Tensor) -> bool:
+    """Whether a transform of torch.func, dual numbers or a class of tensors of its own (DTensor) follow each operation.
+
+    They cannot look into the nodes and operators here, which keep less and are faster.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or is_traceable_wrapper_subclass(x)
+    )
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast is off; for devices that do not know it ("meta") it always is."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
