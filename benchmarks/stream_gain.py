@@ -21,7 +21,7 @@ from flax import nnx
 from benchmarks.record import RESULTS, output_file
 from benchmarks.timing import environment, write_json
 from mhc_jax.models.transformer import MHCTransformer
-from mhc_jax.monitoring.diagnostics import composite_gain
+from mhc_jax.monitoring.figures import composite_gain
 from mhc_jax.streams import expand, maps
 
 WIDTH, STREAMS, BATCH, LENGTH, EVERY = 32, 4, 4, 32, 10

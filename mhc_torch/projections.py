@@ -1,18 +1,26 @@
 """Projections from free logits to the manifolds of mixing weights."""
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mhc_torch.history.config import LEAST_TEMPERATURE
+
+def check_temperature(temperature: float) -> None:
+    """Raises a ValueError for what float32 cannot divide by: below its smallest normal number it may hold 0."""
+    if not 2.0**-126 <= temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, at least 2**-126, got {temperature}")
 
 
 def _scale(logits: Tensor, temperature: float) -> Tensor:
     """logits / temperature, in float32 at least: a handful of coefficients steers a whole stream."""
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
-    if not temperature >= LEAST_TEMPERATURE:
-        raise ValueError(f"temperature must be positive, got {temperature}; the least in float32 is 2**-126")
+    check_temperature(temperature)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 1:
         return logits
@@ -102,3 +110,29 @@ def project_doubly_stochastic(
         log_matrix = torch.log_softmax(log_matrix, dim=-1)
         log_matrix = torch.log_softmax(log_matrix, dim=-2)
     return log_matrix.exp()
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A manifold that mixing weights may lie on, as `MHCConfig.constraint` names it.
+
+    Attributes:
+        function: (logits (*batch, K), **options) -> weights (*batch, K), float32 or float64, differentiable; a logit
+            of -inf, a state that does not exist, must get weight 0.
+        options: the fields of `MHCConfig` that `function` takes as keywords; no others change what it computes.
+    """
+
+    function: Callable[..., Tensor]
+    options: tuple[str, ...] = ("temperature",)
+
+    def __call__(self, logits: Float[Tensor, "*batch K"], config: Any) -> Float[Tensor, "*batch K"]:
+        """The weights of `logits` under the options of `config`."""
+        return self.function(logits, **{name: getattr(config, name) for name in self.options})
+
+
+PROJECTIONS: dict[str, Projection] = {
+    "simplex": Projection(project_simplex),
+    "identity": Projection(project_identity_preserving, ("epsilon", "temperature")),
+    "sparse": Projection(project_sparse_simplex),
+}
+"""The manifolds that `MHCConfig.constraint` may name. One entry adds one."""

@@ -94,9 +94,8 @@ for _norm in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
 def _mixing(module: Any) -> dict[str, Any]:
     """The options of a history mix that change its function."""
     config = module.config
-    names = ["mode", "temperature", "prune_threshold", "stochastic"]
+    names = ["mode", "prune_threshold", "stochastic", *config.projection.options]
     names += ["constraint"] * (config.mode == "mhc")
-    names += ["epsilon"] * (config.mode == "mhc" and config.constraint == "identity")
     return {name: getattr(config, name) for name in names}
 
 

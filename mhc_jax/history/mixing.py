@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 from mhc_jax.history.config import DEFAULTS, MHCConfig
 from mhc_jax.history.window import State
 from mhc_jax.kernels.history_mix import mix as kernel_mix
-from mhc_jax.projections import computed_in, project_identity_preserving, project_simplex, project_sparse_simplex
+from mhc_jax.projections import computed_in
 
 
 def mixing_weights(
@@ -61,12 +61,7 @@ def mixing_weights(
     if live is not None:
         logits = jnp.where(jnp.arange(size) >= size - jnp.asarray(live)[..., None], logits, -jnp.inf)
 
-    if config.mode == "mhc" and config.constraint == "identity":
-        weights = project_identity_preserving(logits, config.epsilon, config.temperature)
-    elif config.mode == "mhc" and config.constraint == "sparse":
-        weights = project_sparse_simplex(logits, config.temperature)
-    else:
-        weights = project_simplex(logits, config.temperature)
+    weights = config.projection(logits, config)
     weights = jnp.where(weights < config.prune_threshold, 0.0, weights)
     if gate_logit is not None:
         weights = weights * jax.nn.sigmoid(gate_logit.astype(dtype))[..., None]

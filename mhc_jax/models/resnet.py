@@ -1,18 +1,22 @@
 """A ResNet for images in which every block mixes the history of the network."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mhc_jax.history.config import MHCConfig
+from mhc_jax.history.config import DEFAULTS, MHCConfig
+from mhc_jax.monitoring.connection import Shown, show_history
+from mhc_jax.monitoring.figures import history_figures
 from mhc_jax.monitoring.nonfinite import expect_finite
 from mhc_jax.nn.blocks import MHCBasicBlock, MHCBottleneck, conv, norm
 from mhc_jax.nn.conv import Image
 from mhc_jax.nn.errors import noted
-from mhc_jax.nn.skip import as_config, stack_weights
+from mhc_jax.nn.skip import skip_gradient_norms, stack_weights
+from mhc_jax.options import resolve
 
 
 class MHCResNet(nnx.Module):
@@ -27,7 +31,7 @@ class MHCResNet(nnx.Module):
         features: width of the first stage; it doubles from stage to stage.
         block: `MHCBasicBlock` or `MHCBottleneck`.
         max_history: window H, 4 by default.
-        config: all options in one value; or give them as keywords, the fields of `MHCConfig`.
+        config: all options in one value; keywords, the fields of `MHCConfig`, change single ones.
         rngs: for the parameters, and for the noise of `stochastic`.
 
     Attributes:
@@ -60,7 +64,7 @@ class MHCResNet(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
-        config = as_config(config, max_history, options)
+        config = resolve(DEFAULTS, config, max_history=max_history, **options)
         if not stage_sizes or min(stage_sizes) < 1:
             raise ValueError(f"stage_sizes must hold at least one block for each stage, got {stage_sizes!r}")
         self.conv1, self.bn1 = conv(in_features, features, 3, 1, rngs), norm(features, rngs)
@@ -72,6 +76,7 @@ class MHCResNet(nnx.Module):
                 blocks.append(block(width, features * 2**stage, strides, config=config, rngs=rngs))
                 width = block.expansion * features * 2**stage
         self.blocks = nnx.List(blocks)
+        self.config = config
         self.fc = nnx.Linear(width, num_classes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B num_classes"]:
@@ -88,3 +93,14 @@ class MHCResNet(nnx.Module):
     def mixing_weights(self, *, gated: bool = False) -> Float[Array, "L H"]:
         """The weights of every block, the latest state last, 0 where there is none yet; otherwise as `MHCSkip`'s."""
         return stack_weights([block.skip for block in self.blocks], gated)
+
+    def figures(self, grads: nnx.State) -> dict[str, Array]:
+        """What `mhc_jax.monitoring.diagnostics.diagnose` reports."""
+        layers = [grads["blocks"][layer] for layer in range(len(self.blocks))]
+        norms = skip_gradient_norms([layer["skip"] for layer in layers], layers)
+        return history_figures(self.mixing_weights(), self.mixing_weights(gated=True)) | norms
+
+    def shown(self, figures: Mapping[str, np.ndarray]) -> Shown:
+        """What the dashboard shows of the figures."""
+        live = {f"blocks.{layer}.skip": min(layer + 1, self.config.max_history) for layer in range(len(self.blocks))}
+        return show_history(figures, live, container=True)

@@ -9,9 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mhc_jax.history.config import MHCConfig
-from mhc_jax.nn.hyper_connections import HyperConnections, StreamStack, as_stream_config
+from mhc_jax.nn.hyper_connections import HyperConnections, StreamStack
 from mhc_jax.nn.stack import MHCStack
+from mhc_jax.options import resolve
 from mhc_jax.streams import StreamConfig
+from mhc_jax.streams.config import DEFAULTS
 
 Connection = Literal["residual", "history", "streams"]
 
@@ -199,7 +201,7 @@ class MHCTransformer(nnx.Module):
         elif connection == "streams":
             if isinstance(config, MHCConfig):
                 raise ValueError(f"connection: 'streams' takes a StreamConfig, got {config}")
-            streams = as_stream_config(config, options)
+            streams = resolve(DEFAULTS, config, **options)
             self.stack = StreamStack(make_stream_layer, depth, streams.streams, rngs=rngs)
         else:
             raise ValueError(f"connection must be one of {get_args(Connection)}, got {connection!r}")

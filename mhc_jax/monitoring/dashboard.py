@@ -4,16 +4,14 @@ state, metrics = train_step(state, batch)                                 # of m
 log_dashboard(tracker, state.model, metrics["diagnostics"], step=0)       # mhc/<layer>/entropy, ...
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from flax import nnx
 
-from mhc_jax.models import MHCResNet
-from mhc_jax.monitoring.diagnostics import connections
-from mhc_jax.nn import MHCSequential, MHCStack, StreamStack
+from mhc_jax.monitoring.connection import connections
 
 
 class Tracker(Protocol):
@@ -59,21 +57,16 @@ def dashboard(
     """
     metrics: dict[str, float] = {}
     weights: dict[str, np.ndarray] = {}
-    kinds = {"/".join(map(str, path)) or "model": (path, connection) for path, connection in connections(model)}
+    found = {"/".join(map(str, path)) or "model": (path, connection) for path, connection in connections(model)}
     for name, figures in jax.device_get(dict(diagnostics)).items():
-        path, connection = kinds[name]
+        path, connection = found[name]
         holder = ".".join(map(str, path))
-        # Hyper-connections have maps in place of weights of past states.
-        shape = figures["weights"].shape if "weights" in figures else (0, 0)
-        for depth, (layer, live) in enumerate(_layers(holder, connection, shape)):
-            alpha = figures["weights"][depth, -live:]
-            weights[layer] = alpha
-            values = {f"alpha_{i}": value for i, value in enumerate(alpha)} | {"entropy": figures["entropy"][depth]}
-            values |= {key: figures[key][depth] for key in ("logits_grad_norm", "grad_norm") if key in figures}
-            metrics |= {f"{prefix}/{layer}/{key}": float(value) for key, value in values.items()}
-        for key in ("gain_forward", "gain_backward"):
-            if key in figures and isinstance(connection, MHCStack | MHCSequential | MHCResNet | StreamStack):
-                metrics["/".join(filter(None, (prefix, holder, key)))] = float(figures[key])
+        shown = connection.shown(figures)
+        named = {layer: ".".join(filter(None, (holder, layer))) or type(connection).__name__ for layer in shown.layers}
+        for layer, values in shown.layers.items():
+            metrics |= {f"{prefix}/{named[layer]}/{key}": value for key, value in values.items()}
+        metrics |= {"/".join(filter(None, (prefix, holder, key))): value for key, value in shown.whole.items()}
+        weights |= {named[layer]: alpha for layer, alpha in shown.weights.items()}
     return metrics, weights
 
 
@@ -86,16 +79,3 @@ def log_dashboard(
         tracker.log_metrics(metrics, step)
     if weights and isinstance(tracker, Heatmaps):
         tracker.log_mixing_weights(f"{prefix}/mixing_weights", weights, step)
-
-
-def _layers(holder: str, connection: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, int]]:
-    """Name and number of live states of each layer of a connection."""
-    depth, window = shape
-    inside = f"{holder}." if holder else ""
-    for layer in range(depth):
-        if isinstance(connection, MHCStack | MHCSequential):
-            yield f"{inside}skip_layers.{layer}", min(layer + 1, window)
-        elif isinstance(connection, MHCResNet):
-            yield f"{inside}blocks.{layer}.skip", min(layer + 1, window)
-        else:
-            yield holder or type(connection).__name__, window

@@ -4,9 +4,10 @@ from typing import Any
 
 from flax import nnx
 
-from mhc_jax.history.config import MHCConfig
+from mhc_jax.history.config import DEFAULTS, MHCConfig
 from mhc_jax.nn.conv import Image, fit
-from mhc_jax.nn.skip import MHCSkip, as_config
+from mhc_jax.nn.skip import MHCSkip
+from mhc_jax.options import resolve
 
 
 def conv(in_features: int, out_features: int, size: int, strides: int, rngs: nnx.Rngs) -> nnx.Conv:
@@ -58,7 +59,7 @@ class MHCBasicBlock(_Block):
         in_features, features: widths of input and output.
         strides: of the first convolution.
         max_history: window H, 4 by default.
-        config: all options in one value; or give them as keywords, the fields of `MHCConfig`.
+        config: all options in one value; keywords, the fields of `MHCConfig`, change single ones.
         rngs: for the parameters, and for the noise of `stochastic`.
 
     Attributes:
@@ -88,7 +89,8 @@ class MHCBasicBlock(_Block):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
-        super().__init__(in_features, features, strides, as_config(config, max_history, options), rngs)
+        config = resolve(DEFAULTS, config, max_history=max_history, **options)
+        super().__init__(in_features, features, strides, config, rngs)
         self.conv1, self.bn1 = conv(in_features, features, 3, strides, rngs), norm(features, rngs)
         self.conv2, self.bn2 = conv(features, features, 3, 1, rngs), norm(features, rngs)
 
@@ -108,7 +110,7 @@ class MHCBottleneck(_Block):
         features: width of the 3x3 convolution; that of the output is `4 * features`.
         strides: of the 3x3 convolution.
         max_history: window H, 4 by default.
-        config: all options in one value; or give them as keywords, the fields of `MHCConfig`.
+        config: all options in one value; keywords, the fields of `MHCConfig`, change single ones.
         rngs: for the parameters, and for the noise of `stochastic`.
 
     Attributes:
@@ -139,7 +141,8 @@ class MHCBottleneck(_Block):
         **options: Any,
     ) -> None:
         wide = self.expansion * features
-        super().__init__(in_features, wide, strides, as_config(config, max_history, options), rngs)
+        config = resolve(DEFAULTS, config, max_history=max_history, **options)
+        super().__init__(in_features, wide, strides, config, rngs)
         self.conv1, self.bn1 = conv(in_features, features, 1, 1, rngs), norm(features, rngs)
         self.conv2, self.bn2 = conv(features, features, 3, strides, rngs), norm(features, rngs)
         self.conv3, self.bn3 = conv(features, wide, 1, 1, rngs), norm(wide, rngs)

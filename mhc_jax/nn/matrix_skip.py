@@ -1,14 +1,19 @@
 """A skip connection that mixes past states by a doubly stochastic matrix."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mhc_jax.history import History, mix
+from mhc_jax.monitoring.connection import Shown, show_history
+from mhc_jax.monitoring.figures import history_figures, sum_errors
+from mhc_jax.nn.skip import window_of
 from mhc_jax.projections import project_doubly_stochastic, project_simplex
 
 
@@ -84,6 +89,20 @@ class MatrixMHCSkip(nnx.Module):
             if state.shape != x.shape:
                 raise ValueError(f"history has a state of shape {state.shape}, and the branch gave {x.shape}")
         return mix(x, states, self.mixing_weights(len(states))) if states else x
+
+    def figures(self, grads: nnx.State) -> dict[str, Array]:
+        """What `mhc_jax.monitoring.diagnostics.diagnose` reports."""
+        rows, columns = sum_errors(self.mixing_matrix())
+        figures = history_figures(self.mixing_weights()) | {"row_sum_error": rows, "column_sum_error": columns}
+        return figures | {"logits_grad_norm": optax.tree.norm(grads["mixing_logits"])[None]}
+
+    def shown(self, figures: Mapping[str, np.ndarray]) -> Shown:
+        """What the dashboard shows of the figures."""
+        return show_history(figures, {"": self.max_history}, container=False)
+
+    def recorded(self, x: Array, history: Sequence[Array] | History) -> tuple[Array, list[Array]]:
+        """What a call depends on: the branch's output, and the states in the window."""
+        return x, window_of(history, self.max_history)
 
     def _live_weights(self, count: Int[Array, ""]) -> Float[Array, "H"]:
         # The number of live states is not known while tracing; what is known is that it is one of H.

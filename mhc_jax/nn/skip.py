@@ -1,34 +1,23 @@
 """A skip connection that adds a weighted sum of past states to the output of a branch."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+import optax
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
 from mhc_jax.history import History, mix, mixing_weights
-from mhc_jax.history.config import MHCConfig
+from mhc_jax.history.config import DEFAULTS, MHCConfig
+from mhc_jax.monitoring.connection import Shown, show_history
+from mhc_jax.monitoring.figures import history_figures
+from mhc_jax.options import resolve
 
 GATE_INIT = 2.0
-
-
-def as_config(config: MHCConfig | None, max_history: int | None, options: dict[str, Any]) -> MHCConfig:
-    """The config a module was given, or the one its keywords make.
-
-    Raises:
-        ValueError: both are given, or a value is out of range.
-        TypeError: a keyword is not a field of `MHCConfig`.
-    """
-    if max_history is not None:
-        options = {"max_history": max_history, **options}
-    if config is None:
-        return MHCConfig(**options)
-    if options:
-        raise ValueError(f"config: give either a config or the keywords {sorted(options)}, not both")
-    return config
 
 
 def initial_logits(config: MHCConfig, *layers: int) -> Float[Array, "*layers H"]:
@@ -47,6 +36,21 @@ def stack_weights(skips: Iterable["MHCSkip"], gated: bool = False) -> Float[Arra
     return jnp.stack(rows)
 
 
+def window_of(history: Sequence[Array] | History, max_history: int) -> list[Array]:
+    """The states that a skip looks at, oldest first. Their number must be known: outside of jit."""
+    states = list(history.window)[-int(history.count) :] if isinstance(history, History) else list(history)
+    return states[-max_history:]
+
+
+def skip_gradient_norms(grads: Iterable[Any], layers: Iterable[Any]) -> dict[str, Float[Array, "L"]]:
+    """Norms of the gradients of the logits of each skip, and of each layer's parameters."""
+    norm = optax.tree.norm
+    return {
+        "logits_grad_norm": jnp.stack([norm(skip["mixing_logits"]) for skip in grads]),
+        "grad_norm": jnp.stack([jnp.asarray(norm(layer), float) for layer in layers]),
+    }
+
+
 class MHCSkip(nnx.Module):
     """`x + g * sum_k alpha_k x_k` over the last `max_history` states `x_k`.
 
@@ -55,7 +59,7 @@ class MHCSkip(nnx.Module):
 
     Args:
         max_history: window H, 4 by default.
-        config: all options in one value; or give them as keywords, the fields of `MHCConfig`.
+        config: all options in one value; keywords, the fields of `MHCConfig`, change single ones.
         history_features, features: with `auto_project`, the width (last axis) of past states that differ from the
             branch's output, and that of the output.
         rngs: needed for `stochastic` (stream `mixing`) and for `auto_project` (stream `params`).
@@ -90,7 +94,7 @@ class MHCSkip(nnx.Module):
         rngs: nnx.Rngs | None = None,
         **options: Any,
     ) -> None:
-        self.config = as_config(config, max_history, options)
+        self.config = resolve(DEFAULTS, config, max_history=max_history, **options)
         self.mixing_logits = nnx.Param(initial_logits(self.config))
         if self.config.use_gating:
             self.gate_logit = nnx.Param(jnp.array(GATE_INIT))
@@ -154,6 +158,19 @@ class MHCSkip(nnx.Module):
             key=self.rngs() if self.config.stochastic and not self.deterministic else None,
         )
         return mix(x, states, weights)
+
+    def figures(self, grads: nnx.State) -> dict[str, Array]:
+        """What `mhc_jax.monitoring.diagnostics.diagnose` reports."""
+        figures = history_figures(self.mixing_weights(), self.mixing_weights(gated=True))
+        return figures | {"logits_grad_norm": optax.tree.norm(grads["mixing_logits"])[None]}
+
+    def shown(self, figures: Mapping[str, np.ndarray]) -> Shown:
+        """What the dashboard shows of the figures."""
+        return show_history(figures, {"": self.config.max_history}, container=False)
+
+    def recorded(self, x: Array, history: Sequence[Array] | History) -> tuple[Array, list[Array]]:
+        """What a call depends on: the branch's output, and the states in the window."""
+        return x, window_of(history, self.config.max_history)
 
     def _fit(self, state: Array, x: Array) -> Array:
         if state.shape == x.shape:

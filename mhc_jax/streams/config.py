@@ -2,12 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+
+from mhc_jax.options import check_choice, check_types
+from mhc_jax.streams.constraints import CONSTRAINTS
 
 MAX_STREAMS = 16
-
-
-_MAX_PERMUTED = 6  # 6! = 720 logits a token; 7! = 5040 would outgrow the streams themselves
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,7 @@ class StreamConfig:
 
     Args:
         streams: number n of residual streams, 1 to 16.
-        constraint: the set that the residual map lies in.
+        constraint: the set that the residual map lies in, a name in `CONSTRAINTS`.
             "sinkhorn": doubly stochastic by Sinkhorn-Knopp (mHC, arXiv 2512.24880), n*n logits;
             "permutations": convex mixture of all n! permutation matrices (mHC-lite, arXiv 2601.05732), n at most 6;
             "kronecker": Kronecker product of such mixtures, one per prime factor of n (KromHC, arXiv 2601.21579);
@@ -28,47 +27,33 @@ class StreamConfig:
         norm_epsilon: added to the mean square of the norm.
 
     Raises:
-        ValueError: if a value is outside its range.
+        TypeError: a field has the wrong type.
+        ValueError: a field has a value outside its range.
     """
 
     streams: int = 4
-    constraint: Literal["sinkhorn", "permutations", "kronecker", "none"] = "sinkhorn"
+    constraint: str = "sinkhorn"
     iterations: int = 20
     dynamic: bool = True
     epsilon: float = 0.0
     norm_epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 1 <= self.streams <= MAX_STREAMS:
             raise ValueError(f"streams must be between 1 and {MAX_STREAMS}, got {self.streams}")
-        if self.constraint not in ("sinkhorn", "permutations", "kronecker", "none"):
-            raise ValueError(
-                f"constraint must be 'sinkhorn', 'permutations', 'kronecker' or 'none', got {self.constraint!r}"
-            )
+        check_choice("constraint", self.constraint, CONSTRAINTS)
         if self.iterations < 1:
             raise ValueError(f"iterations must be at least 1, got {self.iterations}")
-        if self.epsilon < 0 or self.norm_epsilon < 0:
-            raise ValueError(f"epsilon and norm_epsilon must not be negative, got {self.epsilon}, {self.norm_epsilon}")
-        if (largest := max(self.factors, default=1)) > _MAX_PERMUTED:
-            raise ValueError(
-                f"constraint={self.constraint!r} with streams={self.streams} needs {largest}! permutations; "
-                f"{_MAX_PERMUTED}! is the most: use 'kronecker' with a streams that has small factors, or 'sinkhorn'"
-            )
-
-    @property
-    def factors(self) -> tuple[int, ...]:
-        """Sizes of the permutation mixtures that the residual map is the Kronecker product of; empty if it is none."""
-        if self.constraint == "permutations":
-            return (self.streams,)
-        if self.constraint == "kronecker":
-            return _prime_factors(self.streams)
-        return ()
+        for name in ("epsilon", "norm_epsilon"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        CONSTRAINTS[self.constraint].logits(self.streams)  # whether the set exists for so many streams
 
     @property
     def residual_logits(self) -> int:
-        if self.constraint in ("permutations", "kronecker"):
-            return sum(math.factorial(f) for f in self.factors)
-        return self.streams**2
+        """Logits a token of H_res."""
+        return CONSTRAINTS[self.constraint].logits(self.streams)
 
     @property
     def logits(self) -> int:
@@ -76,6 +61,5 @@ class StreamConfig:
         return 2 * self.streams + self.residual_logits
 
 
-def _prime_factors(n: int) -> tuple[int, ...]:
-    smallest = next((p for p in range(2, n + 1) if n % p == 0), None)
-    return () if smallest is None else (smallest, *_prime_factors(n // smallest))
+DEFAULTS = StreamConfig()
+"""What modules use for the options that they are not given."""

@@ -15,7 +15,6 @@ streams to every layer, and the method is off.
 """
 
 import math
-from itertools import permutations
 from typing import Any, NamedTuple
 
 import jax
@@ -23,12 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mhc_jax.kernels import sinkhorn as sinkhorn_kernels
 from mhc_jax.kernels import stream_read as read_kernels
 from mhc_jax.kernels.choice import Implementation, implemented
-from mhc_jax.sinkhorn import sinkhorn
 from mhc_jax.streams import norm
 from mhc_jax.streams.config import StreamConfig
+from mhc_jax.streams.constraints import CONSTRAINTS
 
 
 class StreamParams(NamedTuple):
@@ -70,24 +68,15 @@ def init_params(
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
     n = config.streams
-    pre = 1 / (2 * n) + jnp.where(jnp.arange(n) == layer_index % n, 1 / 2, 0)
-    if config.constraint == "none":
-        bias = jnp.concatenate([pre, jnp.ones(n), jnp.eye(n).ravel()])
-    else:
+    constraint = CONSTRAINTS[config.constraint]
+    pre, post = 1 / (2 * n) + jnp.where(jnp.arange(n) == layer_index % n, 1 / 2, 0), jnp.ones(n)
+    if constraint.bounded:
         # One stream is read with weight sigmoid(16) = 1 - 1e-7: the logit of exactly 1 does not exist.
-        pre = jnp.minimum(jax.scipy.special.logit(pre), 16)
-        bias = jnp.concatenate([pre, jnp.zeros(n), _identity_logits(config)])
-    bias = bias.astype(dtype)
+        pre, post = jnp.minimum(jax.scipy.special.logit(pre), 16), jnp.zeros(n)
+    bias = jnp.concatenate([pre, post, constraint.identity(n)]).astype(dtype)
     if not config.dynamic:
         return StreamParams(None, None, bias)
     return StreamParams(jnp.zeros((n * width, config.logits), dtype), jnp.full(3, 0.01, dtype), bias)
-
-
-def _identity_logits(config: StreamConfig) -> np.ndarray:
-    if config.constraint == "sinkhorn":
-        return np.where(np.eye(config.streams), 0.0, -8.0).ravel()
-    # The identity is the first permutation of every factor.
-    return np.concatenate([np.zeros(0), *(np.where(np.arange(math.factorial(f)), -8.0, 0.0) for f in config.factors)])
 
 
 def maps(params: StreamParams, streams: Float[Array, "*tokens n C"], config: StreamConfig) -> Maps:
@@ -130,39 +119,17 @@ def maps_from_normalized(
 ) -> Maps:
     sizes = np.array([config.streams, config.streams, config.residual_logits])
     gates = jnp.repeat(alpha.astype(normalized.dtype), sizes, total_repeat_length=config.logits)
-    if config.constraint == "none":
-        return _maps_from_logits(gates * jnp.tanh(normalized) + bias.astype(normalized.dtype), config)
-    return _maps_from_logits(gates * normalized + bias.astype(normalized.dtype), config, implementation)
+    dynamic = normalized if CONSTRAINTS[config.constraint].bounded else jnp.tanh(normalized)
+    return _maps_from_logits(gates * dynamic + bias.astype(normalized.dtype), config, implementation)
 
 
 def _maps_from_logits(logits: Array, config: StreamConfig, implementation: Implementation = None) -> Maps:
     n = config.streams
     pre, post, res = jnp.split(logits, [n, 2 * n], axis=-1)
-    if config.constraint == "none":
-        return Maps(pre, post, res.reshape(*res.shape[:-1], n, n))
-    residual = _residual_map(res, config, implementation)
-    return Maps(jax.nn.sigmoid(pre) + config.epsilon, 2 * jax.nn.sigmoid(post), residual)
-
-
-def _residual_map(logits: Array, config: StreamConfig, implementation: Implementation) -> Array:
-    n = config.streams
-    if config.constraint == "sinkhorn":
-        matrices = logits.reshape(*logits.shape[:-1], n, n)
-        if implementation == "pallas":
-            return sinkhorn_kernels.sinkhorn(matrices, config.iterations, config.epsilon)
-        return sinkhorn(matrices, config.iterations, config.epsilon)
-    res = jnp.ones((*logits.shape[:-1], 1, 1), logits.dtype)
-    for factor in config.factors:
-        weights, logits = jnp.split(logits, [math.factorial(factor)], axis=-1)
-        mixture = jnp.tensordot(jax.nn.softmax(weights), jnp.asarray(_permutation_matrices(factor), weights.dtype), 1)
-        size = res.shape[-1] * factor
-        res = jnp.einsum("...ij,...kl->...ikjl", res, mixture).reshape(*res.shape[:-2], size, size)
-    return res
-
-
-def _permutation_matrices(n: int) -> np.ndarray:
-    """All n! of them, (n!, n, n), the identity first: [k, i, j] is 1 where permutation k sends i to j."""
-    return np.eye(n)[np.array(list(permutations(range(n))))]
+    constraint = CONSTRAINTS[config.constraint]
+    if constraint.bounded:
+        pre, post = jax.nn.sigmoid(pre) + config.epsilon, 2 * jax.nn.sigmoid(post)
+    return Maps(pre, post, constraint.residual(res, config, implementation))
 
 
 def init_head_params(config: StreamConfig, width: int, dtype: Any = jnp.float32) -> HeadParams:

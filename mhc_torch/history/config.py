@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import tomllib
 from typing import Any
 
+from mhc_torch.options import check_choice, check_types, refuse_unknown, resolve
+from mhc_torch.projections import PROJECTIONS, Projection, check_temperature
+
 MODES = ("mhc", "hc", "residual")
-CONSTRAINTS = ("simplex", "identity", "sparse")
 INITS = ("identity", "uniform")
 SCOPES = ("global", "module")
-LEAST_TEMPERATURE = 2.0**-126  # what is below it may count as 0 in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class MHCConfig:
         max_history: window H, the number of past states that are mixed; at least 1.
         mode: "mhc" mixes with constrained weights, "hc" with softmax(logits / temperature), "residual" adds the last
             state.
-        constraint: manifold of the weights in mode "mhc": "simplex", "identity" or "sparse".
+        constraint: manifold of the weights in mode "mhc", a name in `PROJECTIONS`: "simplex", "identity" or "sparse".
         epsilon: least weight of the latest state under "identity", in [0, 1).
         temperature: divides the logits; positive.
         init: "identity" starts with (almost) all weight on the latest state, "uniform" with equal weights. The sparse
@@ -56,29 +56,23 @@ class MHCConfig:
     stochastic: bool = False
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, wanted = getattr(self, field.name), type(field.default)
-            is_number = wanted is float and isinstance(value, int) and not isinstance(value, bool)
-            if (not isinstance(value, wanted) and not is_number) or (wanted is int and isinstance(value, bool)):
-                raise TypeError(f"{field.name} must be of type {wanted.__name__}, got {value!r}")
-        for name, known in (
-            ("mode", MODES),
-            ("constraint", CONSTRAINTS),
-            ("init", INITS),
-            ("history_scope", SCOPES),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        check_types(self)
+        check_choice("mode", self.mode, MODES)
+        check_choice("constraint", self.constraint, PROJECTIONS)
+        check_choice("init", self.init, INITS)
+        check_choice("history_scope", self.history_scope, SCOPES)
         if self.max_history < 1:
             raise ValueError(f"max_history must be at least 1, got {self.max_history}")
         if not 0 <= self.epsilon < 1:
             raise ValueError(f"epsilon must be in [0, 1), got {self.epsilon}")
-        if not LEAST_TEMPERATURE <= self.temperature < math.inf:
-            raise ValueError(
-                f"temperature must be positive and finite, got {self.temperature}; the least in float32 is 2**-126"
-            )
+        check_temperature(self.temperature)
         if not 0 <= self.prune_threshold <= 1:
             raise ValueError(f"prune_threshold must be in [0, 1], got {self.prune_threshold}")
+
+    @property
+    def projection(self) -> Projection:
+        """How logits become weights: the constraint of mode "mhc", the plain softmax of mode "hc"."""
+        return PROJECTIONS["simplex" if self.mode == "hc" else self.constraint]
 
 
 _default = MHCConfig()
@@ -113,10 +107,7 @@ def resolve_default(value: Any, field: str) -> Any:
 
 def resolve_config(config: MHCConfig | None = None, **fields: Any) -> MHCConfig:
     """`config`, by default the default config, with the fields that are not None replaced; raises as MHCConfig does."""
-    _refuse_unknown(fields, "")
-    config = get_default_config() if config is None else config
-    changes = {name: value for name, value in fields.items() if value is not None}
-    return dataclasses.replace(config, **changes) if changes else config
+    return resolve(_default, config, **fields)
 
 
 def load_config_from_toml(path: str | os.PathLike[str]) -> MHCConfig:
@@ -129,7 +120,7 @@ def load_config_from_toml(path: str | os.PathLike[str]) -> MHCConfig:
     """
     with open(path, "rb") as file:
         table = tomllib.load(file).get("tool", {}).get("mhc", {})
-    _refuse_unknown(table, f" in [tool.mhc] of {path}")
+    refuse_unknown(MHCConfig, table, f" in [tool.mhc] of {path}")
     return MHCConfig(**table)
 
 
@@ -139,9 +130,3 @@ def load_config_from_toml_optional(path: str | os.PathLike[str]) -> MHCConfig | 
         return load_config_from_toml(path)
     except FileNotFoundError:
         return None
-
-
-def _refuse_unknown(fields: dict[str, Any], where: str) -> None:
-    known = MHCConfig.__dataclass_fields__.keys()
-    if unknown := sorted(fields.keys() - known):
-        raise TypeError(f"unknown settings {unknown}{where}; known are {sorted(known)}")

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mhc_torch.following import full_precision
+from mhc_torch.options import resolve
 from mhc_torch.streams import (
     StreamConfig,
     check_streams,
@@ -20,6 +21,7 @@ from mhc_torch.streams import (
     reduce,
     write,
 )
+from mhc_torch.streams.config import DEFAULTS
 
 
 class HyperConnections(nn.Module):
@@ -32,7 +34,7 @@ class HyperConnections(nn.Module):
     Args:
         branch: the wrapped module; further arguments of the call reach it.
         width: features C of one stream.
-        config: all options in one value; or give them as keywords, the fields of `StreamConfig`.
+        config: all options in one value; keywords, the fields of `StreamConfig`, change single ones.
         layer_index: which wrapped branch of the network this is, counted from 0: sets the stream it reads most.
 
     Attributes:
@@ -41,7 +43,7 @@ class HyperConnections(nn.Module):
         bias: (m,) parameter.
 
     Raises:
-        TypeError, ValueError: as StreamConfig; width is below 1; both a config and keywords are given.
+        TypeError, ValueError: as StreamConfig; width is below 1.
     """
 
     def __init__(
@@ -54,11 +56,9 @@ class HyperConnections(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if config is not None and options:
-            raise ValueError(f"config: give either a config or the keywords {sorted(options)}, not both")
         if width < 1:
             raise ValueError(f"width must be at least 1, got {width}")
-        self.config = StreamConfig(**options) if config is None else config
+        self.config = resolve(DEFAULTS, config, **options)
         self.layer_index = layer_index
         self.branch = branch
         dynamic = self.config.dynamic
@@ -95,9 +95,7 @@ class StreamHead(nn.Module):
 
     def __init__(self, width: int, *, config: StreamConfig | None = None, **options: Any) -> None:
         super().__init__()
-        if config is not None and options:
-            raise ValueError(f"config: give either a config or the keywords {sorted(options)}, not both")
-        self.config = StreamConfig(**options) if config is None else config
+        self.config = resolve(DEFAULTS, config, **options)
         n = self.config.streams
         self.phi = nn.Parameter(torch.zeros(n * width, n))
         self.alpha = nn.Parameter(torch.full((1,), 0.01))

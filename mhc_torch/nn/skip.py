@@ -11,7 +11,6 @@ from mhc_torch.history.mixing import check_window, mix
 from mhc_torch.history.tape import Tape
 from mhc_torch.history.width_map import HistoryProjection
 from mhc_torch.nn.compatible import mhc_compatible
-from mhc_torch.projections import project_identity_preserving, project_simplex, project_sparse_simplex
 
 
 @mhc_compatible
@@ -127,11 +126,7 @@ class MHCSkip(nn.Module):
 
     def project(self, logits: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
         """Logits to weights: the constraint of mode "mhc", the plain softmax of mode "hc"."""
-        if self.mode == "hc" or self.constraint == "simplex":
-            return project_simplex(logits, self.temperature)
-        if self.constraint == "identity":
-            return project_identity_preserving(logits, self.epsilon, self.temperature)
-        return project_sparse_simplex(logits, self.temperature)
+        return self.config.projection(logits, self.config)
 
     def prune(self, weights: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
         """Weights below prune_threshold become 0; the others stay as they are."""

@@ -14,8 +14,6 @@ Expand once before the first layer and reduce once after the last: doing both ar
 streams to every layer, and the method is off.
 """
 
-import math
-from itertools import permutations
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +22,8 @@ from torch import Tensor
 
 from mhc_torch.following import followed, full_precision
 from mhc_torch.history.mixing import check_arithmetic
-from mhc_torch.sinkhorn import sinkhorn
 from mhc_torch.streams.config import StreamConfig
+from mhc_torch.streams.constraints import CONSTRAINTS
 from mhc_torch.streams.norm import normalizer, scale_of, scaled
 
 
@@ -46,18 +44,12 @@ def initial_bias(config: StreamConfig, layer_index: int = 0) -> Float[Tensor, " 
     n = config.streams
     pre = torch.full((n,), 1 / (2 * n))
     pre[layer_index % n] += 1 / 2
-    if config.constraint == "none":
-        return torch.cat([pre, torch.ones(n), torch.eye(n).flatten()])
-    # One stream is read with weight sigmoid(16) = 1 - 1e-7: the logit of exactly 1 does not exist.
-    pre = torch.logit(pre).clamp(max=16)
-    return torch.cat([pre, torch.zeros(n), *_identity_logits(config)])
-
-
-def _identity_logits(config: StreamConfig) -> list[Tensor]:
-    if config.constraint == "sinkhorn":
-        return [8 * torch.eye(config.streams).flatten() - 8]
-    # The identity is the first permutation of every factor.
-    return [torch.tensor([0.0] + [-8.0] * (math.factorial(factor) - 1)) for factor in config.factors]
+    post = torch.ones(n)
+    constraint = CONSTRAINTS[config.constraint]
+    if constraint.bounded:
+        # One stream is read with weight sigmoid(16) = 1 - 1e-7: the logit of exactly 1 does not exist.
+        pre, post = torch.logit(pre).clamp(max=16), torch.zeros(n)
+    return torch.cat([pre, post, constraint.identity(n)])
 
 
 def maps(
@@ -83,7 +75,7 @@ def maps(
             lead = streams.shape[:-2]
             return Maps(pre.expand(*lead, -1), post.expand(*lead, -1), res.expand(*lead, -1, -1))
         dynamic = normalized_logits(streams, phi, config.norm_epsilon)
-        if config.constraint == "none":
+        if not CONSTRAINTS[config.constraint].bounded:
             dynamic = torch.tanh(dynamic)
         n = config.streams
         gates = torch.cat([alpha[:1].expand(n), alpha[1:2].expand(n), alpha[2:].expand(config.residual_logits)])
@@ -93,27 +85,10 @@ def maps(
 def _maps_from_logits(logits: Tensor, config: StreamConfig) -> Maps:
     n = config.streams
     pre, post, res = logits.split([n, n, config.residual_logits], dim=-1)
-    if config.constraint == "none":
-        return Maps(pre, post, res.unflatten(-1, (n, n)))
-    return Maps(torch.sigmoid(pre) + config.epsilon, 2 * torch.sigmoid(post), _residual_map(res, config))
-
-
-def _residual_map(logits: Tensor, config: StreamConfig) -> Tensor:
-    n = config.streams
-    if config.constraint == "sinkhorn":
-        return sinkhorn(logits.unflatten(-1, (n, n)), config.iterations, config.epsilon)
-    res = logits.new_ones((*logits.shape[:-1], 1, 1))
-    mixtures = logits.split([math.factorial(factor) for factor in config.factors], dim=-1)
-    for factor, weights in zip(config.factors, mixtures, strict=True):
-        matrices = _permutation_matrices(factor).to(weights)
-        mixture = torch.tensordot(torch.softmax(weights, -1), matrices, 1)
-        res = (res[..., :, None, :, None] * mixture[..., None, :, None, :]).flatten(-4, -3).flatten(-2, -1)
-    return res
-
-
-def _permutation_matrices(n: int) -> Tensor:
-    """All n! of them, (n!, n, n), the identity first: [k, i, j] is 1 where permutation k sends i to j."""
-    return torch.eye(n)[torch.tensor(list(permutations(range(n))))]
+    constraint = CONSTRAINTS[config.constraint]
+    if constraint.bounded:
+        pre, post = torch.sigmoid(pre) + config.epsilon, 2 * torch.sigmoid(post)
+    return Maps(pre, post, constraint.residual(res, config))
 
 
 def normalized_logits(

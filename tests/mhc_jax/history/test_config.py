@@ -7,25 +7,25 @@ from mhc_jax import MHCConfig
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "kind"),
     [
-        ("max_history", 0),
-        ("max_history", 2.0),
-        ("max_history", True),
-        ("mode", "dense"),
-        ("constraint", "doubly_stochastic"),
-        ("init", "zeros"),
-        ("epsilon", 1.0),
-        ("epsilon", -0.1),
-        ("epsilon", float("nan")),
-        ("temperature", 0.0),
-        ("temperature", float("inf")),
-        ("prune_threshold", 1.0),
-        ("use_gating", "yes"),
+        ("max_history", 0, ValueError),
+        ("max_history", 2.0, TypeError),
+        ("max_history", True, TypeError),
+        ("mode", "dense", ValueError),
+        ("constraint", "doubly_stochastic", ValueError),
+        ("init", "zeros", ValueError),
+        ("epsilon", 1.0, ValueError),
+        ("epsilon", -0.1, ValueError),
+        ("epsilon", float("nan"), ValueError),
+        ("temperature", 0.0, ValueError),
+        ("temperature", float("inf"), ValueError),
+        ("prune_threshold", 1.5, ValueError),
+        ("use_gating", "yes", TypeError),
     ],
 )
-def test_names_the_option_and_the_value_that_are_wrong(name, value):
-    with pytest.raises(ValueError, match=f"{name} must.*{value!r}"):
+def test_names_the_option_and_the_value_that_are_wrong(name, value, kind):
+    with pytest.raises(kind, match=f"{name} must.*{value!r}"):
         MHCConfig(**{name: value})
 
 

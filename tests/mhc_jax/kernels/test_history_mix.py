@@ -10,7 +10,7 @@ import pytest
 from mhc_jax import mix
 from tests.lowering import lowered_for
 
-IMPLEMENTATIONS = [None, "xla", "pallas"]
+IMPLEMENTATIONS = ["xla", "pallas"]
 SHAPES = [(1, (3,)), (3, (5, 7)), (4, (16, 128)), (5, (3, 64, 129)), (16, (40, 1000))]
 
 
@@ -54,6 +54,12 @@ def test_mix_lowers_for_accelerators(implementation, platform, dtype):
     lowered = lowered_for(platform, jax.grad(loss, argnums=(0, 1, 2)), *arguments)
     kernel = {"tpu": "tpu_custom_call", "cuda": "triton"}[platform]
     assert (kernel in lowered) == (implementation == "pallas")
+
+
+def test_the_default_is_one_of_them():
+    _, arguments = problem(3, (5, 7))
+    lowered = [jax.jit(partial(mix, implementation=i)).lower(*arguments).as_text() for i in (None, *IMPLEMENTATIONS)]
+    assert lowered[0] in lowered[1:]
 
 
 def test_an_unknown_implementation_is_named():

@@ -133,8 +133,9 @@ def test_auto_project_maps_states_of_the_other_width():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="not both"):
-        MHCSkip(8, config=MHCConfig())
+    assert MHCSkip(8, config=MHCConfig(temperature=2.0)).config == MHCConfig(max_history=8, temperature=2.0)
+    with pytest.raises(TypeError, match="config must be of type MHCConfig, got 4"):
+        MHCSkip(config=4)
     with pytest.raises(TypeError, match="max_histroy"):
         MHCSkip(max_histroy=8)
     with pytest.raises(ValueError, match="stochastic needs rngs"):

@@ -10,6 +10,7 @@ from flax import nnx
 from mhc_jax.models import MHCResNet, MHCTransformer
 from mhc_jax.monitoring import diagnostics
 from mhc_jax.monitoring.dashboard import dashboard
+from mhc_jax.monitoring.figures import composite_gain, window_matrices
 from mhc_jax.monitoring.nonfinite import report_nonfinite
 from mhc_jax.nn import HyperConnections, MatrixMHCSkip, MHCSequential, MHCStack
 from mhc_jax.training import TrainState, make_train_step
@@ -163,6 +164,9 @@ def test_diagnostics_of_stream_networks():
     assert set(report) == {"stack"}
     figures = report["stack"]
 
+    metrics, weights = dashboard(model, report)
+    assert len(weights) == 6 * (2 + 3)
+
     product = np.eye(3)
     for branch in range(6):
         connection = (layers.attention, layers.mlp)[branch % 2]
@@ -172,6 +176,15 @@ def test_diagnostics_of_stream_networks():
             np.testing.assert_allclose(figures[name][branch], expected, rtol=1e-5)
         np.testing.assert_allclose(figures["row_sum_error"][branch], np.abs(res.sum(1) - 1).max(), atol=1e-6)
         np.testing.assert_allclose(figures["column_sum_error"][branch], np.abs(res.sum(0) - 1).max(), atol=1e-6)
+        distance = np.abs(res - np.eye(3)).max()
+        np.testing.assert_allclose(figures["identity_distance"][branch], distance, rtol=1e-5)
+        np.testing.assert_allclose(figures["entropy"][branch], -(res * np.log(res)).sum(1), rtol=1e-5)
+        name = f"stack.layers.{branch // 2}.{('attention', 'mlp')[branch % 2]}"
+        for row, expected in {"pre": pre, "post": post, **{f"res.{i}": res[i] for i in range(3)}}.items():
+            np.testing.assert_allclose(weights[f"{name}.{row}"], expected, rtol=1e-5)
+            shown = [metrics[f"mhc/{name}.{row}/alpha_{i}"] for i in range(3)]
+            np.testing.assert_allclose(shown, expected, rtol=1e-5)
+        np.testing.assert_allclose(metrics[f"mhc/{name}/identity_distance"], distance, rtol=1e-5)
         product = res @ product
         own = grads["stack"]["layers"][("attention", "mlp")[branch % 2]]
         squares = {name: np.sum(np.square(own[name][branch // 2])) for name in ("phi", "alpha", "bias")}
@@ -180,7 +193,8 @@ def test_diagnostics_of_stream_networks():
         np.testing.assert_allclose(figures["grad_norm"][branch], np.sqrt(sum(leaves)), rtol=1e-4)
     np.testing.assert_allclose(figures["gain_forward"], np.abs(product).sum(1).max(), rtol=1e-4)
     np.testing.assert_allclose(figures["gain_backward"], np.abs(product).sum(0).max(), rtol=1e-4)
-    assert set(dashboard(model, report)[0]) == {"mhc/stack/gain_forward", "mhc/stack/gain_backward"}
+    assert metrics["mhc/stack/gain_forward"] == figures["gain_forward"]
+    assert metrics["mhc/stack/gain_backward"] == figures["gain_backward"]
 
 
 def test_a_lone_hyper_connection_is_a_stack_of_one():
@@ -196,7 +210,7 @@ def test_a_lone_hyper_connection_is_a_stack_of_one():
 def test_composite_gain_is_that_of_the_product():
     matrices = np.random.default_rng(0).normal(size=(6, 3, 3)).astype(np.float32)
     product = np.linalg.multi_dot(matrices[::-1])
-    forward, backward = diagnostics.composite_gain(jnp.asarray(matrices))
+    forward, backward = composite_gain(jnp.asarray(matrices))
     np.testing.assert_allclose(forward, np.abs(product).sum(1).max(), rtol=1e-4)
     np.testing.assert_allclose(backward, np.abs(product).sum(0).max(), rtol=1e-4)
 
@@ -207,7 +221,7 @@ def test_window_matrices_carry_the_window_from_layer_to_layer():
     for row in weights:
         window = np.append(window[1:], row @ window)
     carried = np.arange(3.0)
-    for matrix in diagnostics.window_matrices(jnp.asarray(weights)):
+    for matrix in window_matrices(jnp.asarray(weights)):
         carried = matrix @ carried
     np.testing.assert_allclose(carried, window, rtol=1e-6)
 
