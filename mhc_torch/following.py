@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from mhc_torch import _private
 
 
 def followed(x: Tensor) -> bool:
@@ -14,11 +14,7 @@ def followed(x: Tensor) -> bool:
 
     They cannot look into the nodes and operators here, which keep less and are faster.
     """
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or is_traceable_wrapper_subclass(x)
-    )
+    return _private.transforms_are_active() or _private.dual_numbers_exist() or _private.holds_tensors(x)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:

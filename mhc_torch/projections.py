@@ -13,7 +13,7 @@ from torch import Tensor
 def check_temperature(temperature: float) -> None:
     """Raises a ValueError for what float32 cannot divide by: below its smallest normal number it may hold 0."""
     if not 2.0**-126 <= temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, at least 2**-126, got {temperature}")
+        raise ValueError(f"temperature must be positive and finite, got {temperature}; the least in float32 is 2**-126")
 
 
 def _scale(logits: Tensor, temperature: float) -> Tensor:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from mhc_torch import _private
 
 
 def mix(
@@ -20,7 +20,7 @@ def mix(
     """
     of_one_dtype = check_window(states, x)
     check_arithmetic(x)
-    if of_one_dtype and x.is_floating_point() and not transformed() and not is_traceable_wrapper_subclass(x):
+    if of_one_dtype and x.is_floating_point() and not transformed() and not _private.holds_tensors(x):
         return _Mix.apply(x, *weights, *states)
     for state, weight in zip(states, weights, strict=True):
         x = x + weight * state
@@ -34,10 +34,10 @@ def transformed() -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
+        or _private.transforms_are_active()
+        or _private.count_modes() > 0
+        or _private.is_tracing()
+        or _private.dual_numbers_exist()
     )
 
 

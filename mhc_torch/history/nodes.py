@@ -19,10 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-# torch.autograd.Function without the search for transforms of torch.func, which takes as long as an operation; a tape
-# has ruled them out.
-from torch.autograd.function import _SingleLevelFunction
-
+from mhc_torch import _private
 from mhc_torch.history.mixing import accumulate, autocasts, check_window, in_single
 
 
@@ -54,7 +51,7 @@ class Nodes:
             return None
         end = (layer + 1) * self.weights.shape[1]
         row = self.rows[end - len(window) : end]
-        return _Mix.apply(branch, latest, self.weights, self, layer, window, row)  # type: ignore[attr-defined]
+        return _Mix.apply(branch, latest, self.weights, self, layer, window, row)
 
 
 class _Pass:
@@ -72,7 +69,7 @@ class _Pass:
     def put(self, layer: int, cotangent: Tensor) -> None:
         """The cotangent of `layer`'s output comes into its slot."""
         slot = layer % len(self.slots)
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if torch.is_grad_enabled() or _private.transforms_are_active():
             # Second derivatives and batches of cotangents cannot follow a write in place.
             rows = list(self.cotangents)
             rows[slot] = cotangent.reshape(-1).to(self.cotangents.dtype)
@@ -85,7 +82,9 @@ class _Pass:
         return _by_layer(torch.stack([torch.zeros_like(found) if row is None else row for row in self.products]))
 
 
-class _Mix(_SingleLevelFunction):
+# A Function without the search for transforms of torch.func, which takes as long as an operation; a tape has ruled them
+# out.
+class _Mix(_private.SingleLevelFunction):
     """One layer's mix. Backward, it passes on the gradient of all mixes of its latest state, its own among them.
 
     The first layer, whose turn comes last, passes on the gradient of all weights. Nodes hold the one object of class
@@ -117,11 +116,11 @@ class _Mix(_SingleLevelFunction):
         (latest,) = ctx.saved_tensors
         # Layers that come later have been here before, unless this pass does not reach them. The engine's callback
         # owns what they left, and is gone when the pass ends or fails.
-        task = torch._C._current_graph_task_id()
+        task = _private.graph_task()
         past = nodes.passes.get(task)
         if past is None:
             past = nodes.passes[task] = _Pass(nodes.weights, gradient)
-            torch.autograd.Variable._execution_engine.queue_callback(partial(_end, past))
+            _private.queue_callback(partial(_end, past))
         past.put(layer, gradient)
         _, wants_latest, wants_weights, *_ = ctx.needs_input_grad
         of_latest = of_weights = None

@@ -1,12 +1,13 @@
 """Tape: the states of a stack, mixed layer by layer."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mhc_torch import native
+from mhc_torch import _private, native
 from mhc_torch.history.mixing import mix, transformed
 from mhc_torch.history.nodes import Nodes
 
@@ -25,13 +26,16 @@ class Tape:
         self.layer = 0
         # The states follow upon each other: what a layer calls its latest state is what the layer before it made.
         self.latest = x
-        self.nodes = None
+        self.nodes: Any = None
         self.rows: Sequence[Tensor] | None = None
         # Nodes read numbers, which other classes of tensors need not have, and conjugate nothing.
         readable = type(weights) is Tensor and type(x) in (Tensor, nn.Parameter) and x.is_floating_point()
         if alone and readable and torch.is_grad_enabled() and not transformed():
             compiled = native.nodes() if weights.device.type == "cpu" else None
-            self.nodes = Nodes(weights) if compiled is None else compiled.Nodes(weights)
+            if compiled is not None:
+                self.nodes = compiled.Nodes(weights)
+            elif _private.PASSES_ARE_KNOWN:
+                self.nodes = Nodes(weights)
 
     def mix(self, branch: Float[Tensor, "*shape"], window: Sequence[Tensor]) -> Float[Tensor, "*shape"]:
         """The next state: `branch`, the output of the next layer, and the weighted sum of the states in `window`.

@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 
 from mhc_torch.monitoring.diagnostics import (
     composite_gains,
-    entropy,
     extract_mixing_weights,
     gradient_norms,
     reset_history,
+    row_figures,
 )
 from mhc_torch.monitoring.pictures import log_picture, logger_kinds
 
@@ -32,7 +32,7 @@ class MHCLightningCallback(Callback):
 
     History is cleared at the start of every train, validation, test and predict batch. Before every
     ``log_interval``-th optimizer step (the first included), for every mixing layer
-    (see :func:`~mhc_torch.monitoring.diagnostics.mixing_layers`):
+    (see :func:`~mhc_torch.monitoring.connection.connections`):
 
     - ``{prefix}/{layer}/alpha_{i}``: its live mixing weights, oldest state first, and ``{prefix}/mixing_weights``: one
       heatmap over all layers (``log_mixing_weights``, needs matplotlib); with them, for every MHCSequential,
@@ -115,10 +115,9 @@ class MHCLightningCallback(Callback):
     def _metrics(self, weights: Mapping[str, Tensor], pl_module: pl.LightningModule) -> dict[str, float]:
         metrics = gradient_norms(pl_module) if self.log_gradients else {}
         if self.log_mixing_weights:
-            metrics |= composite_gains(pl_module, weights)
-        for layer, alpha in weights.items():
-            if self.log_mixing_weights:
+            metrics |= composite_gains(pl_module)
+            for layer, alpha in weights.items():
                 metrics |= {f"{layer}/alpha_{i}": value for i, value in enumerate(alpha.tolist())}
-            if self.log_entropy:
-                metrics[f"{layer}/entropy"] = entropy(alpha).item()
+        wanted = {"entropy": self.log_entropy, "identity_distance": self.log_mixing_weights}
+        metrics |= {key: value for key, value in row_figures(pl_module).items() if wanted[key.rpartition("/")[2]]}
         return {f"{self.prefix}/{key}": value for key, value in metrics.items()}

@@ -26,7 +26,8 @@ try:
 except ImportError as error:
     raise ImportError("plots need matplotlib: pip install 'mhc-jax[viz]'") from error
 
-from mhc_torch.monitoring.diagnostics import extract_mixing_weights, mixing_layers, without_compile_prefix
+from mhc_torch.monitoring.connection import connections
+from mhc_torch.monitoring.diagnostics import extract_mixing_weights, without_compile_prefix
 from mhc_torch.monitoring.probe import dummy_input, probe
 
 _NOT_LIVE = "0.85"
@@ -77,11 +78,13 @@ def draw_mixing_weights(figure: Figure, weights: Mapping[str, Tensor], cmap: str
 
     colours = mpl.colormaps[cmap].with_extremes(bad=_NOT_LIVE, under="black")
     axes = figure.add_subplot()
-    image = axes.imshow(
-        cells, aspect="auto", interpolation="nearest", cmap=colours, vmin=np.finfo(float).tiny, vmax=1.0
-    )
+    # H_post goes to 2, and unconstrained streams have negative weights.
+    least, most = np.nanmin(cells), max(1.0, np.nanmax(cells))
+    low = np.finfo(float).tiny if least >= 0 else least
+    image = axes.imshow(cells, aspect="auto", interpolation="nearest", cmap=colours, vmin=low, vmax=most)
     figure.colorbar(image, ax=axes, label="mixing weight α", extend="min")
-    axes.set(title="Mixing weights", xlabel=f"history index (0 oldest, {window - 1} latest)", ylabel="layer depth")
+    meaning = f"history index (0 oldest, {window - 1} latest), or stream"
+    axes.set(title="Mixing weights", xlabel=meaning, ylabel="layer depth")
     axes.set_xticks(range(window))
     _label_layers(axes.set_yticks, list(weights), most=100)
     legend = [Patch(facecolor="black", label="0 (pruned)")]
@@ -159,7 +162,8 @@ def plot_gradient_flow(
 
 
 def _layer_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    mixing = {id(p) for _, skip in mixing_layers(model) for p in skip.parameters(recurse=False)}
+    groups = [group for _, connection in connections(model) for group in connection.gradient_groups().items()]
+    mixing = {id(parameter) for key, group in groups if key != "grad_norm" for parameter in group}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in mixing:
             yield without_compile_prefix(name), parameter

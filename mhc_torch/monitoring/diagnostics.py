@@ -1,104 +1,78 @@
-"""What the mixing layers of a network do at this moment: weights, entropy, gradients, by layer name."""
+"""What the connections of a network do at this moment: weights, entropy, gains, gradients, by layer name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mhc_torch.history.window import clear_history
-from mhc_torch.nn.compatible import is_mhc_compatible
-from mhc_torch.nn.sequential import MHCSequential
-
-# Parameters of skips that scale the mixed history as a whole.
-_NO_LOGITS = ("gate_logit", "gain")
-
-
-def mixing_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The mixing layers in ``model`` and their names, in order of registration.
-
-    These are the modules whose class is marked by ``@mhc_compatible`` and has a method ``mixing_weights()``: the
-    library's skips, and those of the user who wants them in the dashboard.
-    """
-    for name, module in model.named_modules():
-        if is_mhc_compatible(module) and hasattr(module, "mixing_weights"):
-            yield name, module
+from mhc_torch.monitoring.connection import Container, connections
 
 
 @torch.no_grad()
 def extract_mixing_weights(model: nn.Module) -> dict[str, Float[Tensor, "k"]]:
-    """The weights that each mixing layer gives to its live states, oldest first.
+    """The weights that each layer gives to its live states, oldest first, or to its streams.
 
     A layer that has run with fewer states than its window holds has that many weights. Of a matrix skip it is the last
-    row, the one that makes the output. Names are those of ``model.named_modules()`` without what ``torch.compile``
-    adds to them; a model that is itself a mixing layer has the name of its class.
+    row, the one that makes the output. A layer of streams has the rows ``{layer}.pre``, ``{layer}.post`` and
+    ``{layer}.res.{i}``, the weights of the old streams in the new stream i; where the maps depend on the token, those
+    of the bias alone, around which the others lie. Names are those of ``model.named_modules()`` without what
+    ``torch.compile`` adds to them; a model that is itself a layer has the name of its class.
 
     Returns:
-        float tensors ``(K,)`` on the CPU by layer name; empty when there is no mixing layer.
+        float tensors ``(K,)`` on the CPU by name; empty when there is no connection.
     """
     return {
-        without_compile_prefix(name) or type(module).__name__: _whole(module.mixing_weights()).float().cpu()
-        for name, module in mixing_layers(model)
+        _row(model, name, row): weights.detach().float().cpu()
+        for name, connection in connections(model)
+        for row, weights in connection.weight_rows().items()
     }
 
 
-def _whole(weights: Tensor) -> Tensor:
-    """Gathered from all ranks, if they are a DTensor."""
-    return weights.full_tensor() if hasattr(weights, "full_tensor") else weights
-
-
-def entropy(weights: Float[Tensor, "k"]) -> Float[Tensor, ""]:
-    """Shannon entropy ``-Σ α log α`` in nats with ``0 log 0 = 0``: from 0 to ``log K`` where the weights sum to 1."""
-    return torch.special.entr(weights).sum(-1)
+@torch.no_grad()
+def row_figures(model: nn.Module) -> dict[str, float]:
+    """Further figures: ``{layer}/entropy``; of streams ``{layer}.res.{i}/entropy``, ``{layer}/identity_distance``."""
+    return {
+        f"{_row(model, name, row)}/{key}": value
+        for name, connection in connections(model)
+        for row, figures in connection.row_figures().items()
+        for key, value in figures.items()
+    }
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:
-    """Euclidean norms of the gradients now in ``.grad``: ``{layer}/grad_norm`` and ``{layer}/logits_grad_norm``.
+    """Euclidean norms of the gradients now in ``.grad``, by layer and group.
 
-    The layer is the module that the skip follows in an MHCSequential, and elsewhere the module that holds the skip.
-    Parameters without gradient count as zero.
+    ``{layer}/logits_grad_norm`` of a skip and ``{layer}/maps_grad_norm`` of streams are those of its own parameters,
+    ``{layer}/grad_norm`` that of the branch: the module that the skip follows in a container, elsewhere the module that
+    holds the skip. Parameters without gradient count as zero.
     """
-    norms = {}
-    for name, skip in mixing_layers(model):
-        key = without_compile_prefix(name) or type(skip).__name__
-        norms[f"{key}/grad_norm"] = _gradient_norm(_layer_of(model, name).parameters())
-        own = skip.named_parameters(recurse=False)
-        norms[f"{key}/logits_grad_norm"] = _gradient_norm(p for name, p in own if name not in _NO_LOGITS)
+    norms: dict[str, float] = {}
+    for name, connection in connections(model):
+        groups = {"grad_norm": _layer_of(model, name).parameters()} | connection.gradient_groups()
+        norms |= {f"{_row(model, name, '')}/{key}": _gradient_norm(group) for key, group in groups.items()}
     return norms
 
 
 @torch.no_grad()
-def composite_gains(model: nn.Module, weights: Mapping[str, Float[Tensor, "k"]]) -> dict[str, float]:
-    """By how much the skips alone can amplify a signal and a gradient through all layers of each MHCSequential.
+def composite_gains(model: nn.Module) -> dict[str, float]:
+    """By how much the skips alone can amplify a signal and a gradient through all layers of each container.
 
     ``{container}/gain_forward`` and ``{container}/gain_backward``: the largest absolute row and column sum of the
-    product of the layers' maps of the window, gates included; the "Amax gain magnitude" of arXiv 2512.24880,
-    section 3.1. A model that is itself an MHCSequential has no first part.
-
-    Args:
-        weights: of ``extract_mixing_weights(model)``.
+    product of the layers' residual maps, gates included; the "Amax gain magnitude" of arXiv 2512.24880, section 3.1. A
+    model that is itself a container has no first part.
     """
     gains = {}
     for name, module in model.named_modules():
-        if not isinstance(module, MHCSequential) or not len(module.skip_layers):
+        if not isinstance(module, Container) or not len(maps := module.residual_maps().cpu()):
             continue
-        inside = f"{holder}." if (holder := without_compile_prefix(name)) else ""
-        skips: list[Any] = list(module.skip_layers)
-        window = max(skip.max_history for skip in skips)
-        product = torch.eye(window, dtype=torch.float64)
-        for layer, skip in enumerate(skips):
-            alpha = weights[f"{inside}skip_layers.{layer}"].double()
-            if skip.use_gating:
-                alpha = alpha * skip.gate_logit.double().sigmoid().cpu()
-            # The oldest state drops out of the window, and the weighted sum comes in last.
-            step = torch.eye(window, dtype=torch.float64).roll(-1, 0)
-            step[-1] = 0
-            step[-1, window - len(alpha) :] = alpha
+        product = torch.eye(maps.shape[-1], dtype=torch.float64)
+        for step in maps:
             product = step @ product
-        start = f"{holder}/" if holder else ""
+        start = f"{holder}/" if (holder := without_compile_prefix(name)) else ""
         gains[f"{start}gain_forward"] = product.abs().sum(1).max().item()
         gains[f"{start}gain_backward"] = product.abs().sum(0).max().item()
     return gains
@@ -118,12 +92,17 @@ def without_compile_prefix(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
+def _row(model: nn.Module, name: str, row: str) -> str:
+    return ".".join(filter(None, (without_compile_prefix(name) or type(model).__name__, row)))
+
+
 def _layer_of(model: nn.Module, name: str) -> nn.Module:
+    """What a container says that the skip of this name follows, elsewhere the module that holds it."""
     holder, _, position = name.rpartition(".")
-    container, _, group = holder.rpartition(".")
-    if group == "skip_layers" and isinstance(sequential := model.get_submodule(container), MHCSequential):
-        return sequential.wrapped_modules[int(position)]
-    return model.get_submodule(holder)
+    container = model.get_submodule(holder.rpartition(".")[0])
+    branch_of = getattr(container, "branch_of", None)
+    branch = branch_of(model.get_submodule(name)) if branch_of and position.isdecimal() else None
+    return model.get_submodule(holder) if branch is None else branch
 
 
 def _gradient_norm(parameters: Iterable[nn.Parameter]) -> float:

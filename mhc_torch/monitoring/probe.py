@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from mhc_torch.monitoring.diagnostics import reset_history
 
@@ -73,7 +73,23 @@ def probe(model: nn.Module, inputs: Any, passes: int = 1) -> Tensor:
     return floating[0]
 
 
+def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    """A tree of tuples, lists and dicts (outputs of transformers are dicts), with each leaf replaced by its image."""
+    if isinstance(tree, Mapping):
+        return {key: mapped(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        values = [mapped(function, value) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    return function(tree)
+
+
 def floating_tensors(tree: Any) -> list[Tensor]:
-    """The floating-point tensors in nested tuples, lists and dicts (outputs of transformers are dicts)."""
-    leaves = tree_leaves(dict(tree) if isinstance(tree, dict) else tree)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    """The floating-point tensors in nested tuples, lists and dicts."""
+    found: list[Tensor] = []
+
+    def keep(leaf: Any) -> None:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            found.append(leaf)
+
+    mapped(keep, tree)
+    return found

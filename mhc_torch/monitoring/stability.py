@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from mhc_torch.monitoring.probe import dummy_input, floating_tensors, probe
-from mhc_torch.nn import MatrixMHCSkip, MHCSkip
+from mhc_torch.monitoring.probe import dummy_input, floating_tensors, mapped, probe
 
 # Furthest that the spread of any state may drift from that of the first: beyond it half precision is at its end.
 MAX_DRIFT = 1e4
@@ -65,17 +63,18 @@ def check_model_stability(model: nn.Module, example_input: Any = None) -> Stabil
     Raises:
         ValueError: ``model`` has no mixing layer, or no input could be made up.
     """
-    skips = [module for module in model.modules() if isinstance(module, MHCSkip | MatrixMHCSkip)]
+    skips: list[Any] = [module for module in model.modules() if hasattr(module, "mixed_states")]
     if not skips:
         raise ValueError(
-            f"model: {type(model).__name__} holds no MHCSkip or MatrixMHCSkip; there is no history to check"
+            f"model: {type(model).__name__} holds no MHCSkip, MatrixMHCSkip or HyperConnections; "
+            "there is no history and no stream to check"
         )
-    inputs = tree_map(_differentiable, dummy_input(model) if example_input is None else example_input)
+    inputs = mapped(_differentiable, dummy_input(model) if example_input is None else example_input)
     windows: dict[nn.Module, int] = dict.fromkeys(skips, 0)
     states: list[Tensor] = []
 
-    def watch(skip: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
-        history = keywords["history"] if "history" in keywords else arguments[1]
+    def watch(skip: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
+        history = skip.mixed_states(*arguments, **keywords)
         windows[skip] = len(history)
         if not states and history:
             states.append(history[-1])

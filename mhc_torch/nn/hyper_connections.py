@@ -9,8 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mhc_torch.following import full_precision
+from mhc_torch.monitoring.connection import entropy, shares, whole
 from mhc_torch.options import resolve
 from mhc_torch.streams import (
+    Maps,
     StreamConfig,
     check_streams,
     collapse,
@@ -78,6 +80,31 @@ class HyperConnections(nn.Module):
         pre, post, res = maps(self.phi, self.alpha, self.bias, streams, self.config)
         return write(streams, self.branch(collapse(pre, streams), *args, **kwargs), post, res)
 
+    def resting_maps(self) -> Maps:
+        """The maps of the bias alone, around which those of the tokens lie: (n,), (n,) and (n, n)."""
+        bias = whole(self.bias)
+        return maps(None, None, bias, bias.new_zeros(self.config.streams, 1), self.config)
+
+    def weight_rows(self) -> dict[str, Tensor]:
+        """H_pre, H_post and the rows of H_res at rest, for the dashboard."""
+        pre, post, res = self.resting_maps()
+        return {"pre": pre, "post": post} | {f"res.{i}": row for i, row in enumerate(res)}
+
+    def row_figures(self) -> dict[str, dict[str, float]]:
+        """How far H_res is from the identity, and how evenly each new stream mixes the old ones."""
+        res = self.resting_maps().res
+        distance = (res - torch.eye(len(res), device=res.device)).abs().max().item()
+        entropies = {f"res.{i}": {"entropy": value} for i, value in enumerate(entropy(shares(res)).tolist())}
+        return {"": {"identity_distance": distance}} | entropies
+
+    def gradient_groups(self) -> dict[str, Iterable[nn.Parameter]]:
+        """The parameters of the maps, and those of the branch."""
+        return {"maps_grad_norm": self.parameters(recurse=False), "grad_norm": self.branch.parameters()}
+
+    def mixed_states(self, streams: Tensor, *_: Any, **__: Any) -> list[Tensor]:
+        """The states that a call mixes."""
+        return [streams]
+
     def extra_repr(self) -> str:
         return f"config={self.config}"
 
@@ -116,6 +143,12 @@ class StreamStack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.streams = streams
+
+    def residual_maps(self) -> Float[Tensor, "L n n"]:
+        """H_res at rest of every branch in turn; float64."""
+        branches = [module for module in self.layers.modules() if isinstance(module, HyperConnections)]
+        maps = [branch.resting_maps().res.double() for branch in branches]
+        return torch.stack(maps) if maps else torch.empty(0, self.streams, self.streams, dtype=torch.float64)
 
     def forward(self, x: Float[Tensor, "*tokens C"]) -> Float[Tensor, "*tokens C"]:
         wide = expand(x, self.streams)

@@ -1,6 +1,7 @@
 """MatrixMHCSkip: mix past states by the last row of a learned matrix."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -79,6 +80,14 @@ class MatrixMHCSkip(nn.Module):
             # Nothing to mix, but DDP wants every parameter in the graph.
             return x + 0 * self.mixing_matrix(1).sum()
         return mix(x, window, self.mixing_weights(len(window)).unbind())
+
+    def mixed_states(self, x: Tensor, history: Sequence[Tensor], *_: Any) -> list[Tensor]:
+        """The states that a call mixes."""
+        return list(history[-self.max_history :])
+
+    def recorded(self, x: Tensor, history: Sequence[Tensor], *rest: Any) -> tuple[Tensor, list[Tensor]]:
+        """What a call depends on: the branch's output, and the states in the window."""
+        return x, self.mixed_states(x, history)
 
     def extra_repr(self) -> str:
         return (

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
+from mhc_torch import _private
 from mhc_torch.history.config import resolve_config
 from mhc_torch.history.mixing import check_arithmetic
 from mhc_torch.history.tape import Tape
 from mhc_torch.history.window import HistoryBuffer
+from mhc_torch.monitoring.connection import whole
 from mhc_torch.nn.compatible import mhc_compatible
 from mhc_torch.nn.skip import MHCSkip
 
@@ -106,6 +107,24 @@ class MHCSequential(nn.Module):
             buffer.replace(states)
         return x
 
+    def branch_of(self, skip: nn.Module) -> nn.Module | None:
+        """The branch whose output `skip` mixes; None if it is no skip of this stack."""
+        pairs = zip(self.skip_layers, self.wrapped_modules, strict=True)
+        return next((branch for own, branch in pairs if own is skip), None)
+
+    def residual_maps(self) -> Float[Tensor, "L H H"]:
+        """What each layer does to the window: the oldest state drops out, the weighted sum comes in; float64."""
+        skips: list[Any] = list(self.skip_layers)
+        window = max((skip.max_history for skip in skips), default=0)
+        maps = torch.eye(window, dtype=torch.float64).roll(-1, 0).repeat(len(skips), 1, 1)
+        for step, skip in zip(maps, skips, strict=True):
+            alpha = whole(skip.mixing_weights()).double().cpu()
+            if skip.use_gating:
+                alpha *= whole(skip.gate_logit).double().sigmoid().cpu()
+            step[-1] = 0
+            step[-1, window - len(alpha) :] = alpha
+        return maps
+
     def _tape(self, x: Float[Tensor, "*shape"], states: int) -> Tape | None:
         """The logits of all layers, projected at once; the first layer sees so many `states`, each next one more.
 
@@ -117,7 +136,7 @@ class MHCSequential(nn.Module):
         if not skips or configs.count(configs[0]) < len(skips) or configs[0].mode == "residual":
             return None
         first, each = skips[0], [skip.mixing_logits for skip in skips]
-        if any(type(logits) is not nn.Parameter and is_traceable_wrapper_subclass(logits) for logits in each):
+        if any(type(logits) is not nn.Parameter and _private.holds_tensors(logits) for logits in each):
             return None
         logits = torch.stack(each)
         window = logits.shape[1]

@@ -1,6 +1,7 @@
 """MHCSkip: add a weighted sum of past states to the output of a branch."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -180,6 +181,14 @@ class MHCSkip(nn.Module):
         if tape is not None:
             return tape.mix(x, window)
         return mix(x, window, self.coefficients(self.mixing_logits[-len(window) :], gate_logit).unbind())
+
+    def mixed_states(self, x: Tensor, history: Sequence[Tensor], *_: Any) -> list[Tensor]:
+        """The states that a call mixes."""
+        return list(history[-self.max_history :])
+
+    def recorded(self, x: Tensor, history: Sequence[Tensor], *rest: Any) -> tuple[Tensor, list[Tensor]]:
+        """What a call depends on: the branch's output, and the states in the window."""
+        return x, self.mixed_states(x, history)
 
     def extra_repr(self) -> str:
         shown = f"mode={self.mode!r}, max_history={self.max_history}"

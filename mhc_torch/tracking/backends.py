@@ -220,7 +220,8 @@ class _Comet(Queued, CometLogger):  # type: ignore[misc]
         if status != "success":
             self.experiment.log_other("status", status)
             # Comet has no public way to say it; this is what its own hook for uncaught exceptions calls.
-            self.experiment._report_experiment_error("the run failed", has_crashed=True)
+            if report := getattr(self.experiment, "_report_experiment_error", None):
+                report("the run failed", has_crashed=True)
         self.experiment.end()
 
 

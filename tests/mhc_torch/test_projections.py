@@ -104,7 +104,11 @@ def test_doubly_stochastic_rows_converge_and_gradient():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: project_simplex(torch.zeros(3), temperature=0.0), ValueError, "temperature must be positive, got 0.0"),
+        (
+            lambda: project_simplex(torch.zeros(3), temperature=0.0),
+            ValueError,
+            "temperature must be positive and finite, got 0.0",
+        ),
         (lambda: project_simplex(torch.zeros(3, dtype=torch.int64)), TypeError, "logits must be floating point"),
         (lambda: project_identity_preserving(torch.zeros(3), epsilon=1.0), ValueError, r"epsilon must be in \[0, 1\)"),
         (lambda: project_doubly_stochastic(torch.zeros(2, 3)), ValueError, "logits must be square"),

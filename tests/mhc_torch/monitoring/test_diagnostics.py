@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mhc_torch import HistoryBuffer, MatrixMHCSkip, MHCSequential, MHCSkip, extract_mixing_weights, mhc_compatible
-from mhc_torch.monitoring.diagnostics import entropy, gradient_norms, reset_history
+from mhc_torch.monitoring.connection import entropy
+from mhc_torch.monitoring.diagnostics import gradient_norms, reset_history
 
 
 def softmax(logits):

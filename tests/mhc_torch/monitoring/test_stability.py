@@ -129,5 +129,5 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_a_model_without_history_is_refused():
-    with pytest.raises(ValueError, match="no history to check"):
+    with pytest.raises(ValueError, match="no history and no stream to check"):
         check_model_stability(nn.Linear(3, 3))
