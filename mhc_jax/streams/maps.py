@@ -1,17 +1,8 @@
-"""The three maps of streams: how they are read, written and mixed, from their parameters.
+"""The three maps of streams, from the streams of the same token by one product of all their entries.
 
-    X_{l+1} = H_res X_l + H_post^T F(H_pre X_l)                                       arXiv 2512.24880, equation 3
+    logits = alpha * (RMSNorm(vec X) phi) + bias,    H_pre = sigmoid,  H_post = 2 sigmoid,  H_res = a constraint's
 
-The three maps are computed from the streams of the same token, by one projection of all their entries:
-
-    logits = alpha * (RMSNorm(vec X) phi) + bias,    H_pre = sigmoid,  H_post = 2 sigmoid,  H_res = Sinkhorn(exp)
-
-Which side an index is on: `res[i, j]` is the weight of the OLD stream j in the NEW stream i, so rows belong to new
-streams and it is applied as `res @ X`. Streams are stacked on the axis before the features: X has shape (..., n, C).
 Maps are float32 whatever the dtype of the streams (float64 for float64 streams).
-
-Expand once before the first layer and reduce once after the last: doing both around every branch gives n equal
-streams to every layer, and the method is off.
 """
 
 import math
