@@ -37,7 +37,7 @@ class PlainStack(nnx.Module):
     """The same blocks with no way around them: what deep networks were before residual connections."""
 
     def __init__(self, make_layer: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs) -> None:
-        self.layers = nnx.vmap(make_layer, axis_size=depth)(rngs.fork(split=depth))
+        self.layers = nnx.vmap(make_layer, axis_size=depth)(rngs.split(depth))
 
     def __call__(self, x: Float[Array, "batch width"]) -> Float[Array, "batch width"]:
         graphdef, params = nnx.split(self.layers)

@@ -59,14 +59,22 @@ def trace(function: Callable[..., Any], *args: Any, source: Any = None) -> tuple
 def _derivative_key(traced: Traced, shared: list[Array], args: Any, out: Any, source: Any) -> Any:
     """Stands for the derivative rules in `traced`, which are functions and cannot be compared: what they compute."""
 
-    def pullback(shared: list[Array], args: Any, cotangent: Any) -> list[Any]:
-        gradients = jax.vjp(traced, shared, *args)[1](cotangent)
-        return [leaf for leaf in jax.tree.leaves(gradients) if leaf.dtype != jax.dtypes.float0]
+    def pullback(function: Callable[..., Any]) -> Callable[..., list[Any]]:
+        def gradients(cotangent: Any, *given: Any) -> list[Any]:
+            leaves = jax.tree.leaves(jax.vjp(function, *given)[1](cotangent))
+            return [leaf for leaf in leaves if leaf.dtype != jax.dtypes.float0]
+
+        return gradients
 
     try:
-        closed = jax.make_jaxpr(pullback)(shared, args, out)
-    except (TypeError, ValueError, NotImplementedError):
-        return None  # a function without a reverse derivative is its operations alone
+        closed = jax.make_jaxpr(pullback(traced))(out, shared, *args)
+    except (
+        Exception
+    ):  # a rule has no derivative by what it closed over, such as a table; JAX's error has no public class
+        try:
+            closed = jax.make_jaxpr(pullback(lambda *args: traced(shared, *args)))(out, *args)
+        except (TypeError, ValueError, NotImplementedError):
+            return None  # a function without a reverse derivative is its operations alone
     rules: list[Any] = []
     # The arrays that a rule closed over are no arguments: they are part of what it computes.
     key = _jaxpr_key(closed.jaxpr, rules), tuple(map(_constant_key, closed.consts))

@@ -7,6 +7,7 @@ from flax import nnx
 from mhc_jax import streams
 from mhc_jax.nn.hyper_connections import HyperConnections, StreamHead, StreamStack
 from mhc_jax.streams import StreamConfig
+from mhc_jax.streams.constraints import CONSTRAINTS
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
@@ -81,3 +82,17 @@ def test_a_stack_refuses_what_it_cannot_keep():
         StreamStack(lambda rngs, index: HyperConnections(nnx.BatchNorm(6, rngs=rngs), 6), 2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         StreamStack(lambda rngs, index: HyperConnections(jnp.tanh, 6), 0, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_every_constraint_makes_a_stack(constraint):
+    """Also where it closes over a table of its own, and inside of a trace."""
+
+    def output(x):
+        def make_layer(rngs, index):
+            return HyperConnections(nnx.Linear(3, 3, rngs=rngs), 3, constraint=constraint, layer_index=index)
+
+        return StreamStack(make_layer, depth=2, rngs=nnx.Rngs(0))(x)
+
+    x = jnp.ones((2, 3))
+    assert jax.eval_shape(output, x).shape == jax.grad(lambda x: output(x).sum())(x).shape == (2, 3)
