@@ -68,7 +68,8 @@ class _Loop:
     def __init__(self, lines: list[_Bundle], start: int, end: int, header: _Bundle | None = None) -> None:
         self.inner: list[_Loop] = []
         self.trips: int | None = None
-        self.turn = self.spills = 0
+        self.turn: int = 0
+        self.spills: int = 0
         at = start
         while at < end:
             line = lines[at]
@@ -84,7 +85,7 @@ class _Loop:
             at += 1
         self.turn += sum(loop.total for loop in self.inner)
         self.spills += sum(loop.spills * (loop.trips or 1) for loop in self.inner)
-        self.unknown = (self.trips is None) + sum(loop.unknown for loop in self.inner)
+        self.unknown: int = (self.trips is None) + sum(loop.unknown for loop in self.inner)
 
     @property
     def total(self) -> int:

@@ -1,22 +1,24 @@
 """What the lab compiles. A case is an entry of `CASES`: programs that do the same work in several ways."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from benchmarks.accelerators.peers import Peer, liger_write, maxtext
 from mhc_jax import streams
 from mhc_jax.nn import MHCStack, MHCTransformer
 
 DEPTH = 16
 STREAM_TOKENS, STREAM_DEPTH = 4096, 4
 # The implementation that is kernels: their schedules are read, which takes the compiler long.
-KERNELS = "pallas"
+KERNELS: Literal["pallas"] = "pallas"
+WAYS: tuple[streams.Implementation, ...] = ("xla", KERNELS)
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class Case:
         over: what the bytes are set against: another of the implementations, or None for the least possible.
         least: the least bytes that the work can move, of the program; None for all arguments and results once.
         quick: whether `--quick` has it.
+        peers: kernels of others that do the same.
     """
 
     implementations: Mapping[str, Callable[[float], Program]]
     over: str | None = None
     least: int | None = None
     quick: bool = False
+    peers: Mapping[str, Peer] = field(default_factory=dict)
 
 
 class MLP(nnx.Module):
@@ -188,14 +192,16 @@ def _cases() -> Iterator[tuple[str, Case]]:
                 yield name, Case(ways, over="residual", quick=branch is MLP and width == 2048 and backward)
     for n, width in ((4, 1024), (4, 2048), (4, 4096), (4, 7168), (2, 2048), (2, 4096), (8, 2048), (8, 4096)):
         quick = (n, width) == (4, 2048)
-        both = ("xla", KERNELS)
         for function in (read, write):
             for backward in (False, True):
                 make = partial(function, n, width, backward=backward)
                 name = f"streams, {function.__name__}{', backward' if backward else ''}, n={n}, C={width}"
-                yield name, Case({way: partial(make, way) for way in both}, quick=quick)
+                peers = {"maxtext": Peer("tpu", maxtext)}
+                if function is write and not backward:
+                    peers["liger"] = Peer("cuda", partial(liger_write, STREAM_TOKENS, n, width))
+                yield name, Case({str(way): partial(make, way) for way in WAYS}, quick=quick, peers=peers)
         name = f"streams, {STREAM_DEPTH} layers, forward and backward, n={n}, C={width}"
-        ways = {way: partial(layers, n, width, way) for way in both}
+        ways = {str(way): partial(layers, n, width, way) for way in WAYS}
         yield name, Case(ways, least=least_of_layers(n, width), quick=quick)
     steps = {
         "residual": partial(step, "residual"),

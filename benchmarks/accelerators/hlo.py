@@ -332,7 +332,9 @@ def _summed(instruction: Instruction, kernel: tuple[int, ...]) -> int:
 
 def _parse(text: str) -> tuple[dict[str, Computation], str | None]:
     computations: dict[str, Computation] = {}
-    entry, name, lines = None, None, []
+    entry: str | None = None
+    name: str | None = None
+    lines: list[Instruction] = []
     for line in text.splitlines():
         if name is None:
             if header := _HEADER.match(line):

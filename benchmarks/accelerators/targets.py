@@ -1,5 +1,6 @@
 """The machines that the lab compiles for. A target is an entry here."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +28,12 @@ class Target:
     clock: float
     description: str = ""
     scale: float = 1.0
+
+    @property
+    def capability(self) -> int:
+        """The compute capability of a GPU, as 90; 0 of a TPU."""
+        found = re.search(r"major: (\d+) minor: (\d+) }\n", self.description)
+        return 10 * int(found.group(1)) + int(found.group(2)) if found else 0
 
     def device(self) -> Any:
         """The device, described and absent.
