@@ -82,7 +82,7 @@ def _liger() -> ModuleType:
     absent = {"torch": torch, "liger_kernel": utils, "liger_kernel.ops": utils, "liger_kernel.ops.utils": utils}
     # First, or it would be forgotten with what stands in for torch, and it cannot be imported twice.
     import_module("triton.language")
-    with patch.dict(sys.modules, absent):  # type: ignore[arg-type]
+    with patch.dict(sys.modules, absent):
         spec.loader.exec_module(module)
     return module
 
