@@ -238,6 +238,9 @@ class Module:
         if opcode == "copy-start":
             # The result is the copy, the original, and a context.
             return sum(self._in_memory(array) for array in instruction.results[:2])
+        if opcode == "call-start":
+            # What the call reads stands among its results, too.
+            return sum(self._in_memory(array) for array in instruction.results)
         if opcode in ("slice-start", "dynamic-slice-start"):
             # The result is the operands, the slice, and a context.
             moved = instruction.results[len(operands)]
@@ -279,7 +282,7 @@ class Module:
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
                 if value.name in user.operands[1:]:
                     return whole
-            elif user.opcode in _ELEMENTWISE and not user.root:
+            elif (user.opcode in _ELEMENTWISE or _alias(user)) and not user.root:
                 read += self._slices(inside, user, itemsize, whole)
             elif user.opcode == "fusion":
                 nested = self.computations[user.called("calls") or ""]
@@ -301,10 +304,10 @@ class Module:
             return sum(self._written(inside, part, [result]) for part, result in zip(parts, results, strict=True))
         if not any(self._in_memory(result) for result in results):
             return 0
-        if value.opcode == "fusion":
+        if value.opcode == "fusion" and not _alias(value):
             nested = self.computations[value.called("calls") or ""]
             return self._written(nested, nested.root, results)
-        while value.opcode == "bitcast" and value.operands[0] in inside.by_name:
+        while _alias(value) and value.operands[0] in inside.by_name:
             value = inside.by_name[value.operands[0]]
         if value.opcode == "dynamic-update-slice" and self._is_parameter(inside, value.operands[0]):
             return inside.by_name[value.operands[1]].results[0].bytes()
@@ -312,9 +315,15 @@ class Module:
 
     def _is_parameter(self, inside: Computation, name: str) -> bool:
         value = inside.by_name[name]
-        while value.opcode in ("bitcast", "dynamic-update-slice"):
+        while _alias(value) or value.opcode == "dynamic-update-slice":
             value = inside.by_name[value.operands[0]]
         return value.opcode == "parameter"
+
+
+def _alias(instruction: Instruction) -> bool:
+    """Whether it is its first operand under another name: a bitcast, or what a TPU7x writes for a change of tiles."""
+    in_place = "output_to_operand_aliasing={{}: (0, {})}" in instruction.attributes
+    return instruction.opcode == "bitcast" or (instruction.opcode == "fusion" and in_place)
 
 
 def _summed(instruction: Instruction, kernel: tuple[int, ...]) -> int:

@@ -137,6 +137,42 @@ def test_a_program_for_tpu():
     assert "empty" not in found
 
 
+# As libtpu writes it for TPU7x: another name for the tape with other tiles, and a call that the SparseCore works on.
+TPU7X = """%retile (in: bf16[4,16,128]) -> bf16[4,16,128] {
+  %in = bf16[4,16,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %copied = bf16[4,16,128]{2,1,0:T(8,128)(2,1)} copy(%in)
+}
+
+%keep (tape: bf16[4,16,128], rows: bf16[4,16,128], index: s32[]) -> bf16[4,16,128] {
+  %tape = bf16[4,16,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %renamed = bf16[4,16,128]{2,1,0:T(8,128)(2,1)} fusion(%tape), kind=kLoop, \
+output_to_operand_aliasing={{}: (0, {})}, calls=%retile
+  %rows = bf16[4,16,128]{2,1,0:T(16,128)(2,1)} parameter(1)
+  %others = bf16[4,16,128]{2,1,0:T(8,128)(2,1)} fusion(%rows), kind=kLoop, \
+output_to_operand_aliasing={{}: (0, {})}, calls=%retile
+  %index = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %row = bf16[1,16,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%others, %index, %zero, %zero)
+  ROOT %put = bf16[4,16,128]{2,1,0:T(16,128)(2,1)} dynamic-update-slice(%renamed, %row, %index, %zero, %zero)
+}
+
+ENTRY %main (tape.1: bf16[4,16,128], rows.1: bf16[4,16,128], i: s32[]) -> bf16[4,16,128] {
+  %tape.1 = bf16[4,16,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %rows.1 = bf16[4,16,128]{2,1,0:T(16,128)(2,1)} parameter(1)
+  %i = s32[]{:S(6)} parameter(2)
+  %fusion = bf16[4,16,128]{2,1,0:T(16,128)(2,1)} fusion(%tape.1, %rows.1, %i), kind=kLoop, calls=%keep
+  %call = ((bf16[4,16,128]{2,1,0:T(16,128)(2,1)}, token[]), bf16[4,16,128]{1,2,0:T(16,128)(2,1)}) call-start(%fusion)
+  ROOT %done = bf16[4,16,128]{1,2,0:T(16,128)(2,1)} call-done(%call)
+}
+"""
+
+
+def test_another_name_for_a_tape_moves_nothing():
+    found = {c.instruction.name: c.bytes for c in Module(TPU7X, on_chip=True).crossings}
+    # Transposed, 16 features fill a tile of 128.
+    assert found == {"fusion": 2 * 16 * 128 * 2, "call": 4 * (16 + 128) * 128 * 2}
+
+
 def test_without_memory_on_the_chip_everything_counts():
     found = {c.instruction.name: c for c in Module(TPU, on_chip=False).crossings}
     assert found["fetch"].bytes == 2 * 16 * 128 * 2
