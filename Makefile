@@ -3,13 +3,15 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs clean
+.PHONY: help demo test docs accelerators accelerators-test clean
 
 help:
 	@echo "make demo   train on real digits in both frameworks, prove that they agree, write runs/demo/report.html"
 	@echo "make test   ruff, mypy, import-linter, pytest"
 	@echo "make docs   build the documentation into site/, a dead link is an error"
-	@echo "make clean  remove the environment, caches and runs"
+	@echo "make accelerators       compile for TPUs and GPUs, none of which need be here; print and record what it costs there"
+	@echo "make accelerators-test  a small part of that, as tests"
+	@echo "make clean  remove the environments, caches and runs"
 
 # torch first and alone: whatever asks for it afterwards is content, and no CUDA libraries are fetched.
 .venv/ready: requirements.lock pyproject.toml
@@ -39,5 +41,18 @@ docs: .venv/ready
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
+# Compilers of machines that are not here, apart from all else: they pin jax, and fill three gigabytes.
+.accelerators/ready: benchmarks/accelerators/requirements.lock
+	@echo "Setting up .accelerators, once: about a minute and 3 GB ..."
+	$(PYTHON) -m venv --clear .accelerators
+	.accelerators/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	@touch $@
+
+accelerators: .accelerators/ready
+	@.accelerators/bin/python -m benchmarks.accelerators
+
+accelerators-test: .venv/ready .accelerators/ready
+	$(BIN)/python -m pytest --numprocesses=0 tests/benchmarks/accelerators
+
 clean:
-	rm -rf .venv .cache runs site
+	rm -rf .venv .accelerators .cache runs site

@@ -15,8 +15,8 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
 from mhc_jax.kernels.choice import implemented
+from mhc_jax.kernels.launch import LANES, cost
 
-LANES = 128
 # Rows of 128 lanes that one program of the grid works on. A GPU holds them in registers, a TPU in its vector memory,
 # where window and output together must stay within a few megabytes.
 GPU_ROWS = 64
@@ -92,6 +92,7 @@ def _forward(x: Array, states: Array, weights: Array, *, rows: int, options: dic
             total += weights_ref[k][None, :] * states_ref[k].astype(weights.dtype)
         out_ref[0] = total.astype(out_ref.dtype)
 
+    window_lanes = _in_lanes(states, x.size)
     one, window, table = _blocks(count, rows)
     out = pl.pallas_call(
         kernel,
@@ -99,8 +100,10 @@ def _forward(x: Array, states: Array, weights: Array, *, rows: int, options: dic
         in_specs=[one, window, table],
         out_specs=one,
         out_shape=jax.ShapeDtypeStruct(lanes.shape, x.dtype),
+        cost_estimate=cost(2 * window_lanes.size, lanes, window_lanes, lanes),
+        name="history_mix",
         **options,
-    )(lanes, _in_lanes(states, x.size), _table(weights))
+    )(lanes, window_lanes, _table(weights))
     return out.reshape(-1)[: x.size].reshape(x.shape)
 
 
@@ -119,6 +122,7 @@ def _backward(g: Array, states: Array, weights: Array, *, rows: int, options: di
             d_states_ref[k] = (weights_ref[k][None, :] * cotangent).astype(d_states_ref.dtype)
             partial_ref[0, k] = jnp.sum(cotangent * state, axis=0)
 
+    window_lanes = _in_lanes(states, g.size)
     one, window, table = _blocks(count, rows)
     d_states, partials = pl.pallas_call(
         kernel,
@@ -129,8 +133,10 @@ def _backward(g: Array, states: Array, weights: Array, *, rows: int, options: di
             jax.ShapeDtypeStruct((count, *lanes.shape[1:]), states.dtype),
             jax.ShapeDtypeStruct((programs, count, LANES), weights.dtype),
         ],
+        cost_estimate=cost(3 * window_lanes.size, lanes, window_lanes, window_lanes),
+        name="history_mix_backward",
         **options,
-    )(lanes, _in_lanes(states, g.size), _table(weights))
+    )(lanes, window_lanes, _table(weights))
     d_states = d_states.reshape(count, -1)[:, : g.size].reshape(states.shape)
     return d_states, partials.sum(axis=(0, 2))
 

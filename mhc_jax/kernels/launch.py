@@ -7,6 +7,7 @@ import math
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -32,6 +33,12 @@ def on_every_platform(function: Any, *arguments: Array, tpu: Any, gpu: Any) -> A
         rocm=triton_call,
         default=partial(function, block=gpu, options={"interpret": True}),
     )
+
+
+def cost(flops: int, *arrays: Array | jax.ShapeDtypeStruct, transcendentals: int = 0) -> pl.CostEstimate:
+    """Of a kernel that reads or writes each of these arrays once; XLA cannot look into a kernel, and plans by this."""
+    moved = sum(array.size * array.dtype.itemsize for array in arrays)
+    return pl.CostEstimate(flops=flops, transcendentals=transcendentals, bytes_accessed=moved)
 
 
 def rows(array: Array, axes: int) -> Array:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from mhc_jax import sinkhorn as xla
 from mhc_jax.kernels.choice import implemented
-from mhc_jax.kernels.launch import LANES, on_every_platform
+from mhc_jax.kernels.launch import LANES, cost, on_every_platform
 
 # Rows of 128 matrices that one program works on. Element [i, j] of all of them is one vector: a thread's register on a
 # GPU, a whole vector register on a TPU. A sum over rows or columns is a sum of vectors, and no lane waits for another.
@@ -43,15 +43,20 @@ sinkhorn.defvjp(_sinkhorn_fwd, _sinkhorn_bwd)
 
 
 def _forward_kernel(logits: Array, *, iterations: int, epsilon: float) -> Array:
-    return _call(partial(_forward, iterations=iterations, epsilon=epsilon), logits)
+    forward = partial(_forward, iterations=iterations, epsilon=epsilon)
+    return _call(forward, logits, name="sinkhorn", flops=4 * iterations)
 
 
 def _backward_kernel(logits: Array, cotangent: Array, *, iterations: int, epsilon: float) -> Array:
-    return _call(partial(_backward, iterations=iterations, epsilon=epsilon), logits, cotangent)
+    backward = partial(_backward, iterations=iterations, epsilon=epsilon)
+    return _call(backward, logits, cotangent, name="sinkhorn_backward", flops=2 * iterations**2)
 
 
-def _call(function: Callable[..., Matrix], *arguments: Array) -> Array:
-    """Applies a function of matrices, whose elements are vectors of the batch, to arrays (*batch, n, n)."""
+def _call(function: Callable[..., Matrix], *arguments: Array, name: str, flops: int) -> Array:
+    """Applies a function of matrices, whose elements are vectors of the batch, to arrays (*batch, n, n).
+
+    `flops` are the operations that it takes for one element.
+    """
     shape, n = arguments[0].shape, arguments[0].shape[-1]
     arguments = tuple(a.reshape(-1, n, n) for a in arguments)
     batch = arguments[0].shape[0]
@@ -73,6 +78,8 @@ def _call(function: Callable[..., Matrix], *arguments: Array) -> Array:
             in_specs=[spec] * len(lanes),
             out_specs=spec,
             out_shape=jax.ShapeDtypeStruct(lanes[0].shape, lanes[0].dtype),
+            cost_estimate=cost(flops * lanes[0].size, *lanes, lanes[0], transcendentals=lanes[0].size),
+            name=name,
             **options,
         )(*lanes)
         return result.reshape(n, n, -1).transpose(2, 0, 1)[:batch]

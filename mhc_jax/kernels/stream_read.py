@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from mhc_jax.kernels.launch import GPU_BLOCK, LANES, TPU_BLOCK, common, filled, on_every_platform, rows, specs
+from mhc_jax.kernels.launch import GPU_BLOCK, LANES, TPU_BLOCK, common, cost, filled, on_every_platform, rows, specs
 from mhc_jax.streams import norm
 
 
@@ -114,12 +114,15 @@ def _project(streams: Array, phi: Array, *, block: Products, options: dict[str, 
 
     grid = streams.shape[0] // block.tokens, streams.shape[2] // span
     wide, _, _ = specs(n, height, (block.tokens, span))
+    partial_sums = jax.ShapeDtypeStruct((grid[1], streams.shape[0], height), phi.dtype)
     parts = pl.pallas_call(
         kernel,
         grid=grid,
         in_specs=[wide, pl.BlockSpec((n, height, span), lambda t, c: (0, 0, c))],
         out_specs=pl.BlockSpec((1, block.tokens, height), lambda t, c: (c, t, 0)),
-        out_shape=jax.ShapeDtypeStruct((grid[1], streams.shape[0], height), phi.dtype),
+        out_shape=partial_sums,
+        cost_estimate=cost(2 * (height + 1) * streams.size, streams, tiles, partial_sums),
+        name="stream_project",
         **options,
     )(streams, tiles)
     sums = parts.sum(axis=0)[:tokens]
@@ -138,12 +141,15 @@ def _collapse(pre: Array, streams: Array, *, block: tuple[int, int], options: di
         out_ref[...] = total.astype(out_ref.dtype)
 
     wide, one, maps = specs(n, table.shape[1], block)
+    collapsed = jax.ShapeDtypeStruct((streams.shape[0], streams.shape[2]), streams.dtype)
     out = pl.pallas_call(
         kernel,
         grid=(streams.shape[0] // block[0], streams.shape[2] // block[1]),
         in_specs=[maps, wide],
         out_specs=one,
-        out_shape=jax.ShapeDtypeStruct((streams.shape[0], streams.shape[2]), streams.dtype),
+        out_shape=collapsed,
+        cost_estimate=cost(2 * streams.size, table, streams, collapsed),
+        name="stream_collapse",
         **options,
     )(table, streams)
     return out[:tokens, :features]
@@ -163,13 +169,16 @@ def _collapse_weights(
             part_ref[0, :, j] = jnp.sum(d * streams_ref[:, j, :].astype(dtype), axis=1)
 
     wide, one, _ = specs(n, width, block)
+    partial_sums = jax.ShapeDtypeStruct((grid[1], streams.shape[0], width), dtype)
     parts = pl.pallas_call(
         kernel,
         grid=grid,
         in_specs=[one, wide],
         # The sums are of one block of features each: programs of a GPU cannot add to one another's.
         out_specs=pl.BlockSpec((1, block[0], width), lambda t, c: (c, t, 0)),
-        out_shape=jax.ShapeDtypeStruct((grid[1], streams.shape[0], width), dtype),
+        out_shape=partial_sums,
+        cost_estimate=cost(2 * streams.size, d_input, streams, partial_sums),
+        name="stream_collapse_weights",
         **options,
     )(d_input, streams)
     return parts[:, :tokens, :n].sum(axis=0)
@@ -217,6 +226,7 @@ def _backward(
 
     grid = streams.shape[0] // many, streams.shape[2] // features
     wide, one, maps = specs(n, table.shape[1], (many, features))
+    partial_sums = jax.ShapeDtypeStruct((grid[0], *tiles.shape[:2], streams.shape[2]), dtype)
     d_streams, parts = pl.pallas_call(
         kernel,
         grid=grid,
@@ -230,8 +240,12 @@ def _backward(
         out_specs=[wide, pl.BlockSpec((1, n, height, features), lambda t, c: (t, 0, 0, c))],
         out_shape=[
             jax.ShapeDtypeStruct(streams.shape, streams.dtype),
-            jax.ShapeDtypeStruct((grid[0], *tiles.shape[:2], streams.shape[2]), dtype),
+            partial_sums,
         ],
+        cost_estimate=cost(
+            4 * (height + 1) * streams.size, streams, d_input, d_raw, table, tiles, streams, partial_sums
+        ),
+        name="stream_read_backward",
         **options,
     )(streams, d_input, d_raw, table, tiles)
     d_phi = parts.sum(axis=0)[:, :m, :width].transpose(0, 2, 1).reshape(phi.shape)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from mhc_jax.kernels.launch import GPU_BLOCK, TPU_BLOCK, filled, on_every_platform, rows, specs
+from mhc_jax.kernels.launch import GPU_BLOCK, TPU_BLOCK, cost, filled, on_every_platform, rows, specs
 
 
 def write(
@@ -64,6 +64,8 @@ def _forward(streams: Array, output: Array, table: Array, *, block: tuple[int, i
         in_specs=[wide, one, maps],
         out_specs=wide,
         out_shape=jax.ShapeDtypeStruct(streams.shape, streams.dtype),
+        cost_estimate=cost(2 * (n + 1) * streams.size, streams, output, table, streams),
+        name="stream_write",
         **options,
     )(streams, output, table)
     return new[:tokens, :, :features]
@@ -108,6 +110,7 @@ def _backward(
             d_streams_ref[:, j, :] = d_old.astype(d_streams_ref.dtype)
 
     wide, one, maps = specs(n, table.shape[1], block)
+    partial_sums = jax.ShapeDtypeStruct((grid[1], *table.shape), table.dtype)
     d_streams, d_output, parts = pl.pallas_call(
         kernel,
         grid=grid,
@@ -117,8 +120,12 @@ def _backward(
         out_shape=[
             jax.ShapeDtypeStruct(streams.shape, streams.dtype),
             jax.ShapeDtypeStruct(output.shape, output.dtype),
-            jax.ShapeDtypeStruct((grid[1], *table.shape), table.dtype),
+            partial_sums,
         ],
+        cost_estimate=cost(
+            4 * (n + 1) * streams.size, cotangent, streams, output, table, streams, output, partial_sums
+        ),
+        name="stream_write_backward",
         **options,
     )(cotangent, streams, output, table)
     d_table = parts.sum(axis=0)[:tokens, :maps_of_a_token]

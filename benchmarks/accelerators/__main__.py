@@ -1,0 +1,122 @@
+"""What the compilers of TPUs and GPUs make of this library: `make accelerators`, or in the environment that it makes
+
+    python -m benchmarks.accelerators [--quick] [--target NAME ...] [--case TEXT ...]
+
+Prints one table. A run of everything records it; compiled before, a program is taken from the cache.
+"""
+
+import argparse
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accelerators import report
+from benchmarks.accelerators.targets import TARGETS
+from benchmarks.accelerators.worker import PACKAGES, prepare
+
+RECORD = Path(__file__).parents[1] / "results" / "accelerators.json"
+QUICK_TARGETS = ("v5p", "h100")
+
+
+def versions(targets: list[str]) -> dict[str, str]:
+    """Of the compilers that these targets need.
+
+    Raises:
+        SystemExit: one is not installed.
+    """
+    found = {}
+    for package in dict.fromkeys(p for target in targets for p in PACKAGES[TARGETS[target].platform]):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            raise SystemExit(f"{package} is not installed in {sys.prefix}: make accelerators") from None
+    return found
+
+
+def known(targets: list[str], found: dict[str, str]) -> None:
+    """Asks the installed compilers for each target.
+
+    Raises:
+        SystemExit: a compiler does not know one.
+    """
+    for name in targets:
+        try:
+            TARGETS[name].device()
+        except Exception as error:
+            said = str(error).strip().splitlines()[0][:160]
+            installed = ", ".join(f"{p} {found[p]}" for p in PACKAGES[TARGETS[name].platform])
+            raise SystemExit(
+                f"--target {name}: not known to {installed} ({said}); "
+                "`make accelerators` installs the compilers that know every target"
+            ) from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accelerators",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = ", ".join(TARGETS)
+    parser.add_argument("--quick", action="store_true", help="a few cases in at most three minutes")
+    parser.add_argument("--target", nargs="+", default=[], metavar="NAME", help=f"of {names}; default: all")
+    parser.add_argument("--case", nargs="+", default=[], metavar="TEXT", help="the cases whose names hold one of these")
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.target if name not in TARGETS]:
+        parser.error(f"--target must be of {names}, got {', '.join(unknown)}")
+    targets = arguments.target or list(QUICK_TARGETS if arguments.quick else TARGETS)
+    found = versions(targets)
+
+    # These import JAX, which looks for devices as it is told to now.
+    prepare("tpu", None)
+    known(targets, found)
+    from benchmarks.accelerators.cases import CASES
+    from benchmarks.accelerators.pool import Job, compile_all
+    from benchmarks.timing import write_json
+
+    chosen = [
+        name
+        for name, case in CASES.items()
+        if (case.quick or not arguments.quick) and (not arguments.case or any(text in name for text in arguments.case))
+    ]
+    if not chosen:
+        parser.error(f"--case: no name holds any of {arguments.case}; they are:\n  " + "\n  ".join(CASES))
+    jobs = [Job(case, way, target) for case in chosen for way in CASES[case].implementations for target in targets]
+    jobs += [
+        Job(case, name, target)
+        for case in chosen
+        for name, peer in CASES[case].peers.items()
+        for target in targets
+        if TARGETS[target].platform == peer.platform
+    ]
+    count = 0
+
+    def done(job: Job, result: dict[str, Any]) -> None:
+        nonlocal count
+        count += 1
+        print(
+            f"\r{count} of {len(jobs)}: {job.target}, {job.case}, {job.implementation}\x1b[K", end="", file=sys.stderr
+        )
+
+    results = compile_all(jobs, done)
+    print("\r\x1b[K", end="", file=sys.stderr)
+    compiled: dict[str, dict[str, dict[str, Any]]] = {}
+    for job in jobs:
+        result = results[job]
+        # A peer does the work of the case, whose least is that of its own programs.
+        own = results[Job(job.case, next(iter(CASES[job.case].implementations)), job.target)]
+        result["least"] = CASES[job.case].least or own.get("arguments and results")
+        compiled.setdefault(job.case, {}).setdefault(job.implementation, {})[job.target] = result
+    over = {name: CASES[name].over for name in chosen}
+    print(report.table(compiled, over))
+    print("\ncompiled by", ", ".join(f"{name} {number}" for name, number in found.items()))
+    if not (arguments.quick or arguments.target or arguments.case):
+        record = {"versions": found, "date": time.strftime("%Y-%m-%d", time.gmtime()), "over": over}
+        write_json(RECORD, record | {"compiled for": compiled})
+        print(f"recorded in {RECORD}")
+
+
+if __name__ == "__main__":
+    main()

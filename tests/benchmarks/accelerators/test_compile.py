@@ -1,0 +1,85 @@
+"""Compilations for a TPU and a GPU, where the environment of the lab exists: `make accelerators-test` sees to it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+LAB = ROOT / ".accelerators" / "bin" / "python"
+
+pytestmark = pytest.mark.skipif(not LAB.exists(), reason="there is no environment of the lab: make accelerators-test")
+
+
+def in_lab(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(LAB), *arguments], cwd=ROOT, input=text, capture_output=True, text=True, timeout=500, check=False
+    )
+
+
+KNOWN = """
+import json, sys
+from benchmarks.accelerators.worker import prepare
+from benchmarks.accelerators.targets import TARGETS
+target = TARGETS[sys.argv[1]]
+prepare(target.platform, None)
+import jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from benchmarks.accelerators.figures import figures
+
+device, width, depth = SingleDeviceSharding(target.device()), 2**26, 16
+def moved(function, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=device) for shape in shapes]
+    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(target.platform,))
+    return figures(lowered.compile(), target, None)["bytes"] / (4 * width)
+def scan(x):
+    return jax.lax.scan(lambda x, _: (x * 2, x), x, length=depth)[1]
+print(json.dumps({
+    "copy": moved(lambda x: x * 2, (width,)),
+    "add": moved(lambda x, y: x + y, (width,), (width,)),
+    "scan": moved(scan, (width,)),
+}))
+"""
+
+
+@pytest.mark.parametrize("target", ["v5e", "h100"])
+def test_traffic_that_is_known_by_hand(target):
+    result = in_lab("-c", KNOWN, target)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["copy"] == pytest.approx(2, rel=1e-3)
+    assert found["add"] == pytest.approx(3, rel=1e-3)
+    # Of every turn: the state read, the next written, its slot written; and once the empty slots. Not 16 times all.
+    assert 16 * 3 <= found["scan"] <= 16 * 7 + 3
+
+
+@pytest.mark.parametrize("target", ["v5e", "h100"])
+def test_a_kernel_for_a_device_that_is_not_here(target, tmp_path):
+    platform = "tpu" if target == "v5e" else "cuda"
+    job = {"case": "streams, write, n=4, C=1024", "implementation": "pallas", "target": target}
+    arguments = ("-m", "benchmarks.accelerators.worker", platform, str(tmp_path / "schedules"))
+    result = in_lab(*arguments, text=json.dumps(job) + "\n")
+    found = json.loads(result.stdout)
+    assert "error" not in found, found
+    # 9 numbers of bfloat16 a feature of a token; maps, paddings and copies are little beside it.
+    assert found["bytes"] == pytest.approx(4096 * 9 * 1024 * 2, rel=0.3)
+    (kernel,) = found["kernels"]
+    assert kernel["name"] == "stream_write"
+    assert kernel["bundles"] > 100 if platform == "tpu" else 16 <= kernel["registers"] <= 255
+
+
+def test_a_target_that_does_not_exist_is_one_line():
+    result = in_lab("-m", "benchmarks.accelerators", "--target", "v9")
+    assert result.returncode == 2
+    assert "--target must be of v5e, v5p, v6e, tpu7x, a100, h100, b200, got v9" in result.stderr
+
+
+def test_a_compiler_that_is_not_installed_is_one_line():
+    # The environment of the tests has no libtpu.
+    command = [sys.executable, "-m", "benchmarks.accelerators", "--target", "v5e"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if result.returncode == 0:
+        pytest.skip("the tests run in the environment of the lab")
+    assert result.stderr.strip() == f"libtpu is not installed in {sys.prefix}: make accelerators"
