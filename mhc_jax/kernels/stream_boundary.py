@@ -31,7 +31,7 @@ from mhc_jax.kernels.blocks import LANES
 
 GROUP = 8  # tokens: the rows of a register
 TOKENS = 128  # of a tile at most: the tokens of a register of maps
-FEATURES = 512  # of a step at most
+FEATURES = 1024  # of a step at most
 # Bytes that tiles may take: of the 64 MiB of vector memory that the smallest core has. Scratch comes on top.
 _TILES = 44 * 2**20
 _VMEM = 60 * 2**20
@@ -165,7 +165,7 @@ def _to_groups(blocks: list[Array], group: int) -> Array:
         part = jnp.zeros_like(blocks[0])
         for slot, block in enumerate(blocks[start // GROUP : (start + LANES) // GROUP]):
             moved = pltpu.roll(block, (slot - group) * GROUP % LANES, 1)
-            part = jnp.where(lane // GROUP == slot, moved, part)
+            part = jnp.where(lax.div(lane, GROUP) == slot, moved, part)
         parts.append(part)
     return jnp.concatenate(parts, axis=1)[:, : len(blocks) * GROUP]
 
@@ -173,14 +173,14 @@ def _to_groups(blocks: list[Array], group: int) -> Array:
 def _diagonals(rows: Array, count: int) -> Array:
     """(count, blocks * GROUP) to (count * GROUP, .): row i becomes the diagonals of a row of blocks."""
     shape = GROUP, rows.shape[1]
-    on = lax.broadcasted_iota(jnp.int32, shape, 1) % GROUP == lax.broadcasted_iota(jnp.int32, shape, 0)
+    on = lax.rem(lax.broadcasted_iota(jnp.int32, shape, 1), GROUP) == lax.broadcasted_iota(jnp.int32, shape, 0)
     return jnp.concatenate([jnp.where(on, rows[i : i + 1], 0.0) for i in range(count)], axis=0)
 
 
 def _diagonal_rows(matrix: Array, count: int) -> Array:
     """Undoes `_diagonals`: (count * GROUP, w) to (count, w)."""
     shape = GROUP, matrix.shape[1]
-    on = lax.broadcasted_iota(jnp.int32, shape, 1) % GROUP == lax.broadcasted_iota(jnp.int32, shape, 0)
+    on = lax.rem(lax.broadcasted_iota(jnp.int32, shape, 1), GROUP) == lax.broadcasted_iota(jnp.int32, shape, 0)
     blocks = [matrix[i * GROUP : (i + 1) * GROUP] for i in range(count)]
     return jnp.concatenate([jnp.sum(jnp.where(on, b, 0.0), axis=0, keepdims=True) for b in blocks], axis=0)
 
@@ -222,8 +222,6 @@ def forward(
         for q in range(s.groups):
             mix = _diagonals(_to_groups(coefficients, q), n)
             mix_ref[q] = jnp.concatenate([p.astype(F32) for p in _parts(mix, dtype)], axis=1).astype(dtype)
-        sums_ref[...] = jnp.zeros(sums_ref.shape, F32)
-        squares_ref[...] = jnp.zeros(squares_ref.shape, F32)
 
         def mix(k: Array, _: Any) -> None:
             for q in range(s.groups):
@@ -234,12 +232,13 @@ def forward(
                     new_ref[_step(new_ref, s, at, k, i)] = new[i * GROUP : (i + 1) * GROUP]
                 square = new.astype(F32) ** 2
                 square = sum(square[:, f : f + LANES] for f in range(0, s.step, LANES))
-                squares_ref[at, :] += sum(square[i * GROUP : (i + 1) * GROUP] for i in range(n))
+                square = sum(square[i * GROUP : (i + 1) * GROUP] for i in range(n))
+                squares_ref[at, :] = jnp.where(k == 0, square, squares_ref[at, :] + square)
             total = jnp.zeros((s.tokens, columns), F32)
             for i in range(n):
                 weights = phi_ref[i, :, pl.ds(pl.multiple_of(k * s.step, LANES), s.step)]
                 total += _product(new_ref[_step(new_ref, s, slice(None), k, i)], weights, (1, 1))
-            sums_ref[:, :columns] += total
+            sums_ref[:, :columns] = jnp.where(k == 0, total, sums_ref[:, :columns] + total)
 
         lax.fori_loop(0, s.width // s.step, mix, None)
         sums = sums_ref[...].T
@@ -355,19 +354,19 @@ def backward(
         def _() -> None:
             d_phi_ref[...] = jnp.zeros(d_phi_ref.shape, F32)
 
-        gram_ref[...] = jnp.zeros(gram_ref.shape, F32)
-        phi_gram_ref[...] = jnp.zeros(phi_gram_ref.shape, F32)
         mine, arrived = [(x_ref, n), (y_ref, 1)], [(d_new_ref, n), (d_in_ref, 1)]
 
         def sums(k: Array, _: Any) -> None:
             for q in range(s.groups):
                 stack = _stack(mine, s, q, k)
                 everything = jnp.concatenate(_stack(arrived, s, q, k) + stack, axis=0)
-                gram_ref[q] += _product(jnp.concatenate(stack, axis=0), everything, (1, 1))
+                new = _product(jnp.concatenate(stack, axis=0), everything, (1, 1))
+                gram_ref[q] = jnp.where(k == 0, new, gram_ref[q] + new)
             phi_step = phi_ref[:, pl.ds(pl.multiple_of(k * s.step, LANES), s.step)]
             for j in range(n + 1):
                 ref, stream = (x_ref, j) if j < n else (y_ref, 0)
-                phi_gram_ref[j] += _product(phi_step, ref[_step(ref, s, slice(None), k, stream)], (1, 1))
+                new = _product(phi_step, ref[_step(ref, s, slice(None), k, stream)], (1, 1))
+                phi_gram_ref[j] = jnp.where(k == 0, new, phi_gram_ref[j] + new)
 
         lax.fori_loop(0, s.width // s.step, sums, None)
 
@@ -382,7 +381,7 @@ def backward(
             for b in range(2 * n + 2):
                 block = diagonals[:, b * GROUP // LANES * LANES :][:, :LANES]
                 moved = pltpu.roll(block, (q - b) * GROUP % LANES, 1)
-                grams[b] = jnp.where(lane // GROUP == q, moved, grams[b])
+                grams[b] = jnp.where(lax.div(lane, GROUP) == q, moved, grams[b])
         of_new, of_input, of_own = grams[:n], grams[n], grams[n + 1 :]
 
         start = iter(range(0, table.shape[1], 8))
@@ -429,18 +428,21 @@ def backward(
             *(along * sum(to_new[i][j : j + 1] * to_new[i] for i in range(n)) for j in range(n + 1)),
         ]
         for q in range(s.groups):
-            mix = _parts(_diagonals(_to_groups(to_old, q), n + 1), dtype)
+            # The radial part, of X and y, is small: it needs no second number.
+            high, *low = _parts(_diagonals(_to_groups(to_old, q), n + 1), dtype)
             at = slice(q * GROUP, (q + 1) * GROUP)
             last = jnp.concatenate([through[at] for through in through_phi], axis=0)
-            mix_ref[q] = jnp.concatenate([*(p.astype(F32) for p in mix), last], axis=1).astype(dtype)
+            mix = [high.astype(F32), *(p.astype(F32)[:, :own] for p in low), last]
+            mix_ref[q] = jnp.concatenate(mix, axis=1).astype(dtype)
 
         def mix_back(k: Array, _: Any) -> None:
             at_step = pl.ds(pl.multiple_of(k * s.step, LANES), s.step)
             phi_step = phi_ref[:, at_step]
             for q in range(s.groups):
                 at = pl.ds(q * GROUP, GROUP)
-                everything = _stack(arrived + mine, s, q, k)
-                old = _product(mix_ref[q], jnp.concatenate([*everything * parts, phi_step], axis=0)).astype(dtype)
+                far, near = _stack(arrived, s, q, k), _stack(mine, s, q, k)
+                everything = [*far, *near, *far * (parts - 1), phi_step]
+                old = _product(mix_ref[q], jnp.concatenate(everything, axis=0)).astype(dtype)
                 for j in range(n):
                     dx_ref[_step(dx_ref, s, at, k, j)] = old[j * GROUP : (j + 1) * GROUP]
                 dy_ref[_step(dy_ref, s, at, k)] = old[n * GROUP :]
@@ -481,7 +483,7 @@ def backward(
         ],
         out_shape=results,
         scratch_shapes=[
-            pltpu.VMEM((s.groups, own, parts * both + s.phi), dtype),
+            pltpu.VMEM((s.groups, own, both + (parts - 1) * own + s.phi), dtype),
             pltpu.VMEM((n + 1, s.phi, s.tokens), dtype),
             pltpu.VMEM((s.groups, own, both), F32),
             pltpu.VMEM((n + 1, s.phi, s.tokens), F32),
