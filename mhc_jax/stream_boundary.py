@@ -12,12 +12,15 @@ A network is a chain of boundaries: `read` before its first branch, `write` afte
 (..., n * C): to part n from C is a copy on a TPU, so whoever carries streams through many boundaries carries them flat.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mhc_jax.kernels import stream_boundary as kernels
 from mhc_jax.streams import (
     Implementation,
     Maps,
@@ -28,7 +31,6 @@ from mhc_jax.streams import (
     _collapse,
     _maps_from_logits,
     _maps_from_raw,
-    _project,
     _write,
 )
 
@@ -136,53 +138,141 @@ def _forward(
     res: Array,
     config: StreamConfig,
     implementation: Implementation,
-) -> tuple[tuple[Array, Array, Array, Array], tuple]:
-    new = _write(_parted(flat, config.streams), output, post, res, implementation)
-    projected = () if params.phi is None else _project(params.phi, new, config)
-    maps = _next_maps(params, projected, new.shape[:-2], new.dtype, config)
-    saved = params, flat, output, post, res, projected
-    return (new.reshape(flat.shape), _collapse(maps.pre, new), maps.post, maps.res), saved
-
-
-def _next_maps(
-    params: StreamParams, projected: tuple[Array, ...], lead: tuple[int, ...], dtype: jnp.dtype, config: StreamConfig
-) -> Maps:
-    """Maps of the next branch from vec(X') phi and 1 / rms(vec X'), or from the bias alone."""
-    if projected:
-        return _maps_from_raw(*projected, params.alpha, params.bias, config)
-    static = _maps_from_logits(params.bias.astype(jnp.promote_types(dtype, jnp.float32)), config)
-    return Maps(*(jnp.broadcast_to(m, lead + m.shape) for m in static))
+) -> tuple[tuple[Array, Array, Array, Array], tuple[Any, ...]]:
+    phi, alpha, bias = params
+    if phi is None or alpha is None:
+        static = _static_maps(bias, config, res.shape[:-2], res.dtype)
+        new = _mixed(flat, output, post, res)
+        return (new, _collapsed(static.pre, new), static.post, static.res), (params, flat, output, post, res, ())
+    gate = jnp.broadcast_to(alpha[0], config.streams).astype(res.dtype)
+    arguments = flat, output, post, res, phi.astype(res.dtype), gate, bias[: config.streams].astype(res.dtype)
+    form = partial(_forward_by_xla, pre=partial(_pre, config), norm_epsilon=config.norm_epsilon)
+    if implementation == "pallas":
+        kernel = partial(kernels.forward, pre=partial(_pre, config), norm_epsilon=config.norm_epsilon)
+        form = partial(kernels.on_tpu, kernel, form)
+    new, x, raw, squares = form(*arguments)
+    inverse_rms = jax.lax.rsqrt(squares / phi.shape[0] + config.norm_epsilon)
+    _, next_post, next_res = _maps_from_raw(raw, inverse_rms, alpha, bias, config, implementation)
+    return (new, x, next_post, next_res), (params, flat, output, post, res, (raw, inverse_rms))
 
 
 def _backward(
-    config: StreamConfig, implementation: Implementation, saved: tuple, cotangents: tuple[Array, Array, Array, Array]
-) -> tuple:
-    params, flat, output, post, res, projected = saved
+    config: StreamConfig,
+    implementation: Implementation,
+    saved: tuple[Any, ...],
+    cotangents: tuple[Array, Array, Array, Array],
+) -> tuple[StreamParams, Array, Array, Array, Array]:
+    (phi, alpha, bias), flat, output, post, res, projected = saved
     d_new, d_input, d_post, d_res = cotangents
     n, dtype = config.streams, res.dtype
-    streams, d_new = _parted(flat, n), _parted(d_new, n).astype(dtype)
-    new = _write(streams, output, post, res, implementation).astype(dtype)
-    next_maps = partial(_next_maps, lead=new.shape[:-2], dtype=flat.dtype, config=config)
-    (pre, _, _), pullback = jax.vjp(next_maps, params, projected)
-    d_pre = jnp.einsum("...c,...nc->...n", d_input.astype(dtype), new)
-    d_params, d_projected = pullback(Maps(d_pre, d_post, d_res))
+    if phi is None or alpha is None:
+        static_of = partial(_static_maps, config=config, lead=res.shape[:-2], dtype=dtype)
+        static, static_pullback = jax.vjp(static_of, bias)
+        *gradients, d_pre, _ = _backward_by_xla(flat, output, post, res, static.pre, d_new, d_input)
+        (d_bias,) = static_pullback(Maps(d_pre, d_post, d_res))
+        return StreamParams(None, None, d_bias), *gradients
+
+    raw, inverse_rms = projected
+    own, size = raw[..., :n], phi.shape[0]
+    # H_post and H_res first: what arrives at H_pre is known only once X' is built again.
+    maps_again = partial(_maps_from_raw, config=config, implementation=implementation)
+    maps, pullback = jax.vjp(maps_again, raw, inverse_rms, alpha, bias)
+    d_raw, _, d_alpha, d_bias = pullback(Maps(jnp.zeros_like(maps.pre), d_post, d_res))
+    pre, pre_pullback = jax.vjp(partial(_pre, config), own * inverse_rms, alpha[0], bias[:n])
+    slope = pre_pullback(jnp.ones_like(pre))[0] * inverse_rms
+    # Through 1 / rms X' gets radial * (X' / rms): raw logits scale with X', maps do not.
+    pull = -own * inverse_rms / size
+    radial = -jnp.sum(d_raw * raw, axis=-1, keepdims=True) * inverse_rms / size
+    arguments = flat, output, post, res, pre, d_new, d_input
+    more = phi.astype(dtype), slope, pull, d_raw, radial, inverse_rms
+    form: Any = _backward_by_xla
+    if implementation == "pallas":
+        form = partial(kernels.on_tpu, kernels.backward, form)
+    *gradients, d_pre, d_phi = form(*arguments, *more)
+    _, d_gate, d_own_bias = pre_pullback(d_pre)
+    d_params = StreamParams(d_phi.astype(phi.dtype), d_alpha.at[0].add(d_gate), d_bias.at[:n].add(d_own_bias))
+    return d_params, *gradients
+
+
+_boundary.defvjp(_forward, _backward)
+
+
+def _static_maps(bias: Array, config: StreamConfig, lead: tuple[int, ...], dtype: Any) -> Maps:
+    static = _maps_from_logits(bias.astype(dtype), config)
+    return Maps(*(jnp.broadcast_to(m, lead + m.shape) for m in static))
+
+
+def _pre(config: StreamConfig, normalized: Array, gate: Array, bias: Array) -> Array:
+    """H_pre of its normalized logits."""
+    if config.constraint == "none":
+        return gate * jnp.tanh(normalized) + bias
+    return jax.nn.sigmoid(gate * normalized + bias) + config.epsilon
+
+
+def _mixed(flat: Array, output: Array, post: Array, res: Array) -> Array:
+    return _write(_parted(flat, post.shape[-1]), output, post, res, None).reshape(flat.shape)
+
+
+def _collapsed(pre: Array, flat: Array) -> Array:
+    return _collapse(pre, _parted(flat, pre.shape[-1]))
+
+
+def _forward_by_xla(
+    flat: Array,
+    output: Array,
+    post: Array,
+    res: Array,
+    phi: Array,
+    gate: Array,
+    bias: Array,
+    *,
+    pre: Callable[[Array, Array, Array], Array],
+    norm_epsilon: float,
+) -> tuple[Array, Array, Array, Array]:
+    """X', x', vec(X') phi, and the sum of squares of vec(X')."""
+    new = _mixed(flat, output, post, res)
+    wide = new.astype(res.dtype)
+    raw, squares = jnp.matmul(wide, phi), jnp.sum(wide * wide, axis=-1, keepdims=True)
+    normalized = raw[..., : post.shape[-1]] * jax.lax.rsqrt(squares / phi.shape[0] + norm_epsilon)
+    return new, _collapsed(pre(normalized, gate, bias), new), raw, squares
+
+
+def _backward_by_xla(
+    flat: Array,
+    output: Array,
+    post: Array,
+    res: Array,
+    pre: Array,
+    d_new: Array,
+    d_input: Array,
+    phi: Array | None = None,
+    slope: Array | None = None,
+    pull: Array | None = None,
+    d_raw: Array | None = None,
+    radial: Array | None = None,
+    inverse_rms: Array | None = None,
+) -> tuple[Array, Array, Array, Array, Array, Array | None]:
+    """What arrives at streams, output, post, res, the next H_pre and phi; arguments as of `kernels.backward`."""
+    n, dtype = post.shape[-1], res.dtype
+    streams, output_wide, d_input = _parted(flat, n).astype(dtype), output.astype(dtype), d_input.astype(dtype)
+    new = _mixed(flat, output, post, res).astype(dtype)
+    d_pre = jnp.einsum("...c,...nc->...n", d_input, _parted(new, n))
     # All that arrives at the new streams, summed before it is rounded.
-    total = d_new + pre[..., None] * d_input.astype(dtype)[..., None, :]
-    if projected:
-        (d_raw, d_inverse_rms), (_, inverse_rms) = d_projected, projected
-        phi, flat_new, tokens = params.phi, new.reshape(flat.shape), tuple(range(d_raw.ndim - 1))
-        radial = -d_inverse_rms * inverse_rms**3 / phi.shape[0]
-        total += _parted(jnp.matmul(d_raw, phi.astype(dtype).T) + radial * flat_new, n)
+    total = _parted(d_new, n).astype(dtype) + pre[..., None] * d_input[..., None, :]
+    d_phi = None
+    if phi is not None:
+        d_own = d_pre * slope
+        d_raw = d_raw.at[..., :n].add(d_own)
+        radial = radial + jnp.sum(d_own * pull, axis=-1, keepdims=True)
+        total += _parted(jnp.matmul(d_raw, phi.T) + radial * (new * inverse_rms), n)
+        tokens = tuple(range(d_raw.ndim - 1))
         # Transposed on the way: the tall result (nC, m) directly is the slow side of a CPU's matrix product.
-        d_phi = jnp.tensordot(d_raw, flat_new, (tokens, tokens)).T.astype(phi.dtype)
-        d_params = d_params._replace(phi=d_phi)
+        d_phi = jnp.tensordot(d_raw, new, (tokens, tokens)).T
     d_streams = jnp.zeros_like(total)
     for i in range(n):
         d_streams += res[..., i, :, None] * total[..., i, None, :]
     d_output = jnp.einsum("...n,...nc->...c", post, total)
-    d_post = jnp.einsum("...nc,...c->...n", total, output.astype(dtype))
-    d_res = jnp.einsum("...ic,...jc->...ij", total, streams.astype(dtype))
-    return d_params, d_streams.reshape(flat.shape).astype(flat.dtype), d_output.astype(output.dtype), d_post, d_res
-
-
-_boundary.defvjp(_forward, _backward)
+    d_post = jnp.einsum("...nc,...c->...n", total, output_wide)
+    d_res = jnp.einsum("...ic,...jc->...ij", total, streams)
+    d_flat = d_streams.reshape(flat.shape).astype(flat.dtype)
+    return d_flat, d_output.astype(output.dtype), d_post, d_res, d_pre, d_phi

@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from mhc_jax.kernels.blocks import LANES
+from mhc_jax.kernels.blocks import LANES, rows
 
 GROUP = 8  # tokens: the rows of a register
 TOKENS = 128  # of a tile at most: the tokens of a register of maps
@@ -38,6 +38,24 @@ _VMEM = 60 * 2**20
 MAX_ROWS = 1024  # of phi^T: n times the logits of a token
 
 F32 = jnp.float32
+
+
+def on_tpu(kernel: Callable[..., Any], xla: Callable[..., Any], *arguments: Array) -> Any:
+    """`kernel` for a TPU, `xla`, which computes the same, for a GPU; on any other platform the kernel is interpreted.
+
+    Raises:
+        TypeError: if the streams, the first argument, are neither bfloat16 nor float32.
+        ValueError: if the maps are too many for the kernels.
+    """
+    if arguments[0].dtype not in (jnp.bfloat16, F32):
+        raise TypeError(
+            f"implementation='pallas' takes streams of bfloat16 or float32, got {arguments[0].dtype}: "
+            "use implementation='xla'"
+        )
+    if arguments[0].size == 0:
+        return xla(*arguments)
+    interpreted = partial(kernel, interpret=True)
+    return lax.platform_dependent(*arguments, tpu=kernel, cuda=xla, rocm=xla, default=interpreted)
 
 
 class Sizes(NamedTuple):
@@ -186,22 +204,27 @@ def _diagonal_rows(matrix: Array, count: int) -> Array:
 
 
 def forward(
-    streams: Float[Array, "T nC"],
-    output: Float[Array, "T C"],
-    post: Float[Array, "T n"],
-    res: Float[Array, "T n n"],
+    streams: Float[Array, "*tokens nC"],
+    output: Float[Array, "*tokens C"],
+    post: Float[Array, "*tokens n"],
+    res: Float[Array, "*tokens n n"],
     phi: Float[Array, "nC m"],
-    gates: tuple[Float[Array, " n"], Float[Array, " n"]],
+    gate: Float[Array, " n"],
+    bias: Float[Array, " n"],
+    *,
     pre: Callable[[Array, Array, Array], Array],
     norm_epsilon: float,
-    *,
     interpret: Any = False,
-) -> tuple[Float[Array, "T nC"], Float[Array, "T C"], Float[Array, "T m"], Float[Array, "T 1"]]:
+) -> tuple[
+    Float[Array, "*tokens nC"], Float[Array, "*tokens C"], Float[Array, "*tokens m"], Float[Array, "*tokens 1"]
+]:
     """X', x', vec(X') phi and the sum of the squares of vec(X').
 
     Args:
-        gates, pre: H_pre of the next branch is `pre(normalized logits, *gates)`.
+        pre: H_pre of the next branch is `pre(normalized logits, gate, bias)`.
     """
+    lead = output.shape[:-1]
+    streams, output, post, res = rows(streams, 1), rows(output, 1), rows(post, 1), rows(res, 2)
     (tokens, width), n, m, dtype = output.shape, post.shape[1], phi.shape[1], streams.dtype
     s = sizes(tokens, n, width, m, dtype.itemsize, 4 * n + 4)
     features = n * width
@@ -210,7 +233,7 @@ def forward(
     parts = _parts(_phi_rows(phi, s), dtype)
     projection = jnp.concatenate(parts, axis=1)
     columns = projection.shape[1]
-    constants = jnp.stack([jnp.pad(g.astype(F32), (0, -n % 8)) for g in gates], axis=1)
+    constants = jnp.pad(jnp.stack([gate, bias], axis=1), ((0, -n % 8), (0, 0)))
     above = _up(n, 8)
     streams, output = _filled(streams, s, n), _filled(output, s, 1)
 
@@ -293,53 +316,60 @@ def forward(
         interpret=interpret,
     )(*arguments)
     sums = _untable(sums, s, tokens)
-    return (
+    results = (
         _cut(new, tokens, n, width),
         _cut(inputs, tokens, 1, width),
         sums[:, :m],
         sums[:, s.logits : s.logits + 1],
     )
+    return tuple(result.reshape(*lead, -1) for result in results)
 
 
 def backward(
-    streams: Float[Array, "T nC"],
-    output: Float[Array, "T C"],
-    post: Float[Array, "T n"],
-    res: Float[Array, "T n n"],
+    streams: Float[Array, "*tokens nC"],
+    output: Float[Array, "*tokens C"],
+    post: Float[Array, "*tokens n"],
+    res: Float[Array, "*tokens n n"],
+    pre: Float[Array, "*tokens n"],
+    d_new: Float[Array, "*tokens nC"],
+    d_input: Float[Array, "*tokens C"],
     phi: Float[Array, "nC m"],
-    pre: Float[Array, "T n"],
-    slope: Float[Array, "T n"],
-    pull: Float[Array, "T n"],
-    d_new: Float[Array, "T nC"],
-    d_input: Float[Array, "T C"],
-    d_raw: Float[Array, "T m"],
-    radial: Float[Array, "T 1"],
+    slope: Float[Array, "*tokens n"],
+    pull: Float[Array, "*tokens n"],
+    d_raw: Float[Array, "*tokens m"],
+    radial: Float[Array, "*tokens 1"],
+    inverse_rms: Float[Array, "*tokens 1"],
     *,
     interpret: Any = False,
 ) -> tuple[
-    Float[Array, "T nC"],
-    Float[Array, "T C"],
-    Float[Array, "T n"],
-    Float[Array, "T n"],
-    Float[Array, "T n n"],
+    Float[Array, "*tokens nC"],
+    Float[Array, "*tokens C"],
+    Float[Array, "*tokens n"],
+    Float[Array, "*tokens n n"],
+    Float[Array, "*tokens n"],
     Float[Array, "nC m"],
 ]:
-    """The derivatives of streams, output, H_pre of the next branch, post, res and phi.
+    """The derivatives of streams, output, post, res, H_pre of the next branch, and phi.
 
     Args:
         pre, slope: H_pre of the next branch, and its derivatives by its own raw logits.
         d_new, d_input: what arrives at X' and x'.
         d_raw: what arrives at the raw logits through H_post and H_res of the next branch.
-        pull: by which numbers what arrives at the raw logits of H_pre is multiplied in
-        radial: what arrives at X', in the direction of X' itself, through the norm; here, the part of `d_raw`.
+        radial: of X' / rms(X'), what arrives at X' through the norm for `d_raw`; `pull` times what arrives at the raw
+            logits of H_pre comes on top.
     """
+    lead = output.shape[:-1]
+    streams, output, post, res = rows(streams, 1), rows(output, 1), rows(post, 1), rows(res, 2)
+    pre, d_new, d_input, slope, pull = (rows(a, 1) for a in (pre, d_new, d_input, slope, pull))
+    d_raw, radial, inverse_rms = (rows(a, 1) for a in (d_raw, radial, inverse_rms))
     (tokens, width), n, m, dtype = output.shape, post.shape[1], phi.shape[1], streams.dtype
     s = sizes(tokens, n, width, m, dtype.itemsize, 6 * n + 6)
-    own, above, rows, parts = s.own, _up(n, 8), s.rows, 2 if dtype == jnp.bfloat16 else 1
+    own, above, parts = s.own, _up(n, 8), 2 if dtype == jnp.bfloat16 else 1
+    rows_of_map = s.rows
     both = 2 * own
     # For each new stream, a row for each old stream and one for the output.
     maps = [jnp.concatenate([res[:, i], post[:, i : i + 1]], axis=1) for i in range(n)]
-    table = _table([*maps, d_raw, slope, pull, pre, radial], s)
+    table = _table([*maps, d_raw, slope, pull, pre, radial, inverse_rms], s)
     weights = _phi_rows(phi, s).reshape(n * s.logits, s.width).astype(dtype)
     weights = jnp.pad(weights, ((0, s.phi - weights.shape[0]), (0, 0)))
     streams, output = _filled(streams, s, n), _filled(output, s, 1)
@@ -370,14 +400,14 @@ def backward(
 
         lax.fori_loop(0, s.width // s.step, sums, None)
 
-        # The algebra of the maps, all tokens of the tile at once. Of arrays (rows, lanes), row j belongs to stream j
+        # The algebra of the maps, all tokens of the tile at once. Of arrays (rows_of_map, lanes), row j belongs to stream j
         # or to the output.
-        lane = lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
-        grams = [jnp.zeros((rows, LANES), F32) for _ in range(2 * n + 2)]
+        lane = lax.broadcasted_iota(jnp.int32, (rows_of_map, LANES), 1)
+        grams = [jnp.zeros((rows_of_map, LANES), F32) for _ in range(2 * n + 2)]
         for q in range(s.groups):
             diagonals = _diagonal_rows(gram_ref[q], n + 1)
-            diagonals = jnp.concatenate([diagonals, jnp.zeros((rows - n - 1, both), F32)], axis=0)
-            diagonals = jnp.concatenate([diagonals, jnp.zeros((rows, -both % LANES), F32)], axis=1)
+            diagonals = jnp.concatenate([diagonals, jnp.zeros((rows_of_map - n - 1, both), F32)], axis=0)
+            diagonals = jnp.concatenate([diagonals, jnp.zeros((rows_of_map, -both % LANES), F32)], axis=1)
             for b in range(2 * n + 2):
                 block = diagonals[:, b * GROUP // LANES * LANES :][:, :LANES]
                 moved = pltpu.roll(block, (q - b) * GROUP % LANES, 1)
@@ -393,12 +423,12 @@ def backward(
             return table_ref[0, first : first + _up(count, 8)]
 
         to_new = [take(n + 1) for _ in range(n)]
-        raw, slopes, pulls, pres, radials = take(m), take(n), take(n), take(n), take(1)
+        raw, slopes, pulls, pres, radials, scale = take(m), take(n), take(n), take(n), take(1), take(1)
         zeros = jnp.zeros((above - n, LANES), F32)
         d_pre = [jnp.sum(to_new[i] * of_input, axis=0, keepdims=True) for i in range(n)]
         d_pre = jnp.concatenate([*d_pre, *([zeros] if above > n else [])], axis=0)
         d_own = d_pre * slopes
-        along = radials[:1] + jnp.sum(d_own * pulls, axis=0, keepdims=True)
+        along = (radials[:1] + jnp.sum(d_own * pulls, axis=0, keepdims=True)) * scale[:1]
         if s.logits > above:
             d_own = jnp.concatenate([d_own, jnp.zeros((s.logits - above, LANES), F32)], axis=0)
         raw = raw + d_own[: s.logits]
@@ -409,10 +439,10 @@ def backward(
             through = [
                 jnp.sum(raw[:, : s.tokens] * phi_gram_ref[j, phi_rows, :], axis=0, keepdims=True) for j in range(n + 1)
             ]
-            through = jnp.concatenate([*through, *[jnp.zeros((1, s.tokens), F32)] * (rows - n - 1)], axis=0)
-            d_maps_ref[0, i * rows : (i + 1) * rows, :] = total
-            d_maps_ref[0, i * rows : (i + 1) * rows, : s.tokens] += through
-        d_maps_ref[0, n * rows :, :] = d_pre
+            through = jnp.concatenate([*through, *[jnp.zeros((1, s.tokens), F32)] * (rows_of_map - n - 1)], axis=0)
+            d_maps_ref[0, i * rows_of_map : (i + 1) * rows_of_map, :] = total
+            d_maps_ref[0, i * rows_of_map : (i + 1) * rows_of_map, : s.tokens] += through
+        d_maps_ref[0, n * rows_of_map :, :] = d_pre
 
         through_phi = []
         for j in range(n + 1):
@@ -470,7 +500,7 @@ def backward(
     results = [
         jax.ShapeDtypeStruct(streams.shape, dtype),
         jax.ShapeDtypeStruct(output.shape, dtype),
-        jax.ShapeDtypeStruct((tiles, n * rows + above, LANES), F32),
+        jax.ShapeDtypeStruct((tiles, n * rows_of_map + above, LANES), F32),
         jax.ShapeDtypeStruct((cores, s.phi, s.width), F32),
     ]
     dx, dy, d_maps, d_phi = pl.pallas_call(
@@ -479,7 +509,7 @@ def backward(
         grid=(cores, turns),
         in_specs=[wide, one, wide, one, tile(1, *table.shape[1:]), whole(weights)],
         out_specs=[
-            wide, one, tile(1, n * rows + above, LANES), pl.BlockSpec((1, s.phi, s.width), lambda c, t: (c, 0, 0))
+            wide, one, tile(1, n * rows_of_map + above, LANES), pl.BlockSpec((1, s.phi, s.width), lambda c, t: (c, 0, 0))
         ],
         out_shape=results,
         scratch_shapes=[
@@ -493,14 +523,14 @@ def backward(
         interpret=interpret,
     )(*arguments)
     d_maps = _untable(d_maps, s, tokens)
-    d_new_maps = d_maps[:, : n * rows].reshape(tokens, n, rows)
+    d_new_maps = d_maps[:, : n * rows_of_map].reshape(tokens, n, rows_of_map)
     d_phi = d_phi.sum(axis=0)[: n * s.logits].reshape(n, s.logits, s.width)[:, :m, :width]
     return (
-        _cut(dx, tokens, n, width),
-        _cut(dy, tokens, 1, width),
-        d_maps[:, n * rows : n * rows + n],
-        d_new_maps[:, :, n],
-        d_new_maps[:, :, :n],
+        _cut(dx, tokens, n, width).reshape(*lead, -1),
+        _cut(dy, tokens, 1, width).reshape(*lead, -1),
+        d_new_maps[:, :, n].reshape(*lead, n),
+        d_new_maps[:, :, :n].reshape(*lead, n, n),
+        d_maps[:, n * rows_of_map : n * rows_of_map + n].reshape(*lead, n),
         d_phi.transpose(0, 2, 1).reshape(phi.shape),
     )
 
