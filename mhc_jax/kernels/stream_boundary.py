@@ -32,9 +32,8 @@ from mhc_jax.kernels.blocks import LANES, rows
 GROUP = 8  # tokens: the rows of a register
 TOKENS = 128  # of a tile at most: the tokens of a register of maps
 FEATURES = 1024  # of a step at most
-# Bytes that tiles may take: of the 64 MiB of vector memory that the smallest core has. Scratch comes on top.
-_TILES = 44 * 2**20
-_VMEM = 60 * 2**20
+# Of the vector memory of a core: what tiles may take, and what kernels may take in all.
+_TILES, _VMEM = 0.83, 0.97
 MAX_ROWS = 1024  # of phi^T: n times the logits of a token
 
 F32 = jnp.float32
@@ -107,9 +106,17 @@ def sizes(tokens: int, n: int, width: int, logits: int, itemsize: int, arrays: i
     step = next(step for step in range(FEATURES, 0, -LANES) if width % step == 0)
     tile = min(TOKENS, _up(tokens, 16))
     # Each tile is in memory twice: one is worked on, the other is on its way.
-    while tile > 16 and 2 * arrays * tile * width * itemsize > _TILES:
+    while tile > 16 and 2 * arrays * tile * width * itemsize > _TILES * _vector_memory():
         tile = _up(tile // 2, 16)
     return Sizes(n, tile, width, step, logits)
+
+
+def _vector_memory() -> int:
+    """Bytes that a core of the TPU has; where none is known, what the smallest has."""
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError:
+        return 64 * 2**20
 
 
 def _filled(array: Array, s: Sizes, streams: int) -> Array:
@@ -215,9 +222,7 @@ def forward(
     pre: Callable[[Array, Array, Array], Array],
     norm_epsilon: float,
     interpret: Any = False,
-) -> tuple[
-    Float[Array, "*tokens nC"], Float[Array, "*tokens C"], Float[Array, "*tokens m"], Float[Array, "*tokens 1"]
-]:
+) -> tuple[Float[Array, "*tokens nC"], Float[Array, "*tokens C"], Float[Array, "*tokens m"], Float[Array, "*tokens 1"]]:
     """X', x', vec(X') phi and the sum of the squares of vec(X').
 
     Args:
@@ -238,8 +243,17 @@ def forward(
     streams, output = _filled(streams, s, n), _filled(output, s, 1)
 
     def kernel(
-        x_ref: Any, y_ref: Any, maps_ref: Any, phi_ref: Any, gates_ref: Any, new_ref: Any, in_ref: Any, raw_ref: Any,
-        mix_ref: Any, sums_ref: Any, squares_ref: Any,
+        x_ref: Any,
+        y_ref: Any,
+        maps_ref: Any,
+        phi_ref: Any,
+        gates_ref: Any,
+        new_ref: Any,
+        in_ref: Any,
+        raw_ref: Any,
+        mix_ref: Any,
+        sums_ref: Any,
+        squares_ref: Any,
     ) -> None:
         coefficients = [maps_ref[0, j * above : (j + 1) * above] for j in range(n + 1)]
         for q in range(s.groups):
@@ -301,7 +315,10 @@ def forward(
         name="boundary_forward",
         grid=(tiles,),
         in_specs=[
-            tile(s.tokens, n * s.width), tile(s.tokens, s.width), tile(1, *maps.shape[1:]), whole(projection),
+            tile(s.tokens, n * s.width),
+            tile(s.tokens, s.width),
+            tile(1, *maps.shape[1:]),
+            whole(projection),
             whole(constants),
         ],
         out_specs=[tile(s.tokens, n * s.width), tile(s.tokens, s.width), tile(1, s.logits + 8, LANES)],
@@ -311,7 +328,9 @@ def forward(
             pltpu.VMEM((s.tokens, _up(columns, LANES)), F32),
             pltpu.VMEM((s.tokens, LANES), F32),
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM, dimension_semantics=("parallel",)),
+        compiler_params=pltpu.CompilerParams(
+            vmem_limit_bytes=int(_VMEM * _vector_memory()), dimension_semantics=("parallel",)
+        ),
         cost_estimate=_cost(arguments, results, 2 * output.size * n * (n + 2 + m)),
         interpret=interpret,
     )(*arguments)
@@ -376,9 +395,20 @@ def backward(
     d_new, d_input = _filled(d_new, s, n), _filled(d_input, s, 1)
 
     def kernel(
-        x_ref: Any, y_ref: Any, d_new_ref: Any, d_in_ref: Any, table_ref: Any, phi_ref: Any,
-        dx_ref: Any, dy_ref: Any, d_maps_ref: Any, d_phi_ref: Any,
-        mix_ref: Any, outer_ref: Any, gram_ref: Any, phi_gram_ref: Any,
+        x_ref: Any,
+        y_ref: Any,
+        d_new_ref: Any,
+        d_in_ref: Any,
+        table_ref: Any,
+        phi_ref: Any,
+        dx_ref: Any,
+        dy_ref: Any,
+        d_maps_ref: Any,
+        d_phi_ref: Any,
+        mix_ref: Any,
+        outer_ref: Any,
+        gram_ref: Any,
+        phi_gram_ref: Any,
     ) -> None:
         @pl.when(pl.program_id(1) == 0)
         def _() -> None:
@@ -509,7 +539,10 @@ def backward(
         grid=(cores, turns),
         in_specs=[wide, one, wide, one, tile(1, *table.shape[1:]), whole(weights)],
         out_specs=[
-            wide, one, tile(1, n * rows_of_map + above, LANES), pl.BlockSpec((1, s.phi, s.width), lambda c, t: (c, 0, 0))
+            wide,
+            one,
+            tile(1, n * rows_of_map + above, LANES),
+            pl.BlockSpec((1, s.phi, s.width), lambda c, t: (c, 0, 0)),
         ],
         out_shape=results,
         scratch_shapes=[
@@ -518,7 +551,9 @@ def backward(
             pltpu.VMEM((s.groups, own, both), F32),
             pltpu.VMEM((n + 1, s.phi, s.tokens), F32),
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM, dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            vmem_limit_bytes=int(_VMEM * _vector_memory()), dimension_semantics=("parallel", "arbitrary")
+        ),
         cost_estimate=_cost(arguments, results, 2 * output.size * n * (3 * n + 3 + 3 * m)),
         interpret=interpret,
     )(*arguments)
