@@ -78,7 +78,7 @@ def boundary(
         ((2, 4, 8), (2, 8), (2, 4), (2, 4, 4))
     """
     _check(params, streams, config)
-    flat = streams.reshape(*streams.shape[:-2], -1)
+    flat = streams.reshape(*streams.shape[:-2], config.streams * streams.shape[-1])
     flat, x, post, res = flat_boundary(params, flat, output, post, res, config, implementation=implementation)
     return flat.reshape(streams.shape), x, post, res
 
@@ -114,7 +114,7 @@ def flat_boundary(
 
 
 def _parted(flat: Array, n: int) -> Array:
-    return flat.reshape(*flat.shape[:-1], n, -1)
+    return flat.reshape(*flat.shape[:-1], n, flat.shape[-1] // n)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))

@@ -406,6 +406,7 @@ def backward(
         d_maps_ref: Any,
         d_phi_ref: Any,
         mix_ref: Any,
+        last_ref: Any,
         outer_ref: Any,
         gram_ref: Any,
         phi_gram_ref: Any,
@@ -430,8 +431,8 @@ def backward(
 
         lax.fori_loop(0, s.width // s.step, sums, None)
 
-        # The algebra of the maps, all tokens of the tile at once. Of arrays (rows_of_map, lanes), row j belongs to stream j
-        # or to the output.
+        # The algebra of the maps, all tokens of the tile at once. Of arrays (rows_of_map, lanes), row j belongs to
+        # stream j or to the output.
         lane = lax.broadcasted_iota(jnp.int32, (rows_of_map, LANES), 1)
         grams = [jnp.zeros((rows_of_map, LANES), F32) for _ in range(2 * n + 2)]
         for q in range(s.groups):
@@ -490,19 +491,20 @@ def backward(
         for q in range(s.groups):
             # The radial part, of X and y, is small: it needs no second number.
             high, *low = _parts(_diagonals(_to_groups(to_old, q), n + 1), dtype)
+            mix = [high.astype(F32), *(p.astype(F32)[:, :own] for p in low)]
+            mix_ref[q] = jnp.concatenate(mix, axis=1).astype(dtype)
             at = slice(q * GROUP, (q + 1) * GROUP)
             last = jnp.concatenate([through[at] for through in through_phi], axis=0)
-            mix = [high.astype(F32), *(p.astype(F32)[:, :own] for p in low), last]
-            mix_ref[q] = jnp.concatenate(mix, axis=1).astype(dtype)
+            last_ref[q * own : (q + 1) * own, :] = last.astype(dtype)
 
         def mix_back(k: Array, _: Any) -> None:
             at_step = pl.ds(pl.multiple_of(k * s.step, LANES), s.step)
-            phi_step = phi_ref[:, at_step]
+            from_phi = _product(last_ref[...], phi_ref[:, at_step])
             for q in range(s.groups):
                 at = pl.ds(q * GROUP, GROUP)
                 far, near = _stack(arrived, s, q, k), _stack(mine, s, q, k)
-                everything = [*far, *near, *far * (parts - 1), phi_step]
-                old = _product(mix_ref[q], jnp.concatenate(everything, axis=0)).astype(dtype)
+                old = _product(mix_ref[q], jnp.concatenate([*far, *near, *far * (parts - 1)], axis=0))
+                old = (old + from_phi[q * own : (q + 1) * own]).astype(dtype)
                 for j in range(n):
                     dx_ref[_step(dx_ref, s, at, k, j)] = old[j * GROUP : (j + 1) * GROUP]
                 dy_ref[_step(dy_ref, s, at, k)] = old[n * GROUP :]
@@ -546,7 +548,8 @@ def backward(
         ],
         out_shape=results,
         scratch_shapes=[
-            pltpu.VMEM((s.groups, own, both + (parts - 1) * own + s.phi), dtype),
+            pltpu.VMEM((s.groups, own, both + (parts - 1) * own), dtype),
+            pltpu.VMEM((s.groups * own, s.phi), dtype),
             pltpu.VMEM((n + 1, s.phi, s.tokens), dtype),
             pltpu.VMEM((s.groups, own, both), F32),
             pltpu.VMEM((n + 1, s.phi, s.tokens), F32),
