@@ -12,7 +12,7 @@ A network is a chain of boundaries: `read` before its first branch, `write` afte
 (..., n * C): to part n from C is a copy on a TPU, so whoever carries streams through many boundaries carries them flat.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from mhc_jax.streams import (
     _maps_from_logits,
     _maps_from_raw,
     _write,
+    reduce,
 )
 
 
@@ -110,6 +111,8 @@ def flat_boundary(
         )
     _check(params, _parted(streams, n), config)
     _check_implementation(implementation)
+    if streams.size == 0:  # No numbers are no tile to work on.
+        implementation = None
     return _boundary(params, streams, output, post, res, config, implementation)
 
 
@@ -276,3 +279,78 @@ def _backward_by_xla(
     d_res = jnp.einsum("...ic,...jc->...ij", total, streams)
     d_flat = d_streams.reshape(flat.shape).astype(flat.dtype)
     return d_flat, d_output.astype(output.dtype), d_post, d_res, d_pre, d_phi
+
+
+Branch = Callable[[Any, Array], Array]
+
+
+def apply_branches(
+    branches: Sequence[Branch],
+    params: Sequence[tuple[StreamParams, Any]],
+    x: Float[Array, "*tokens C"],
+    config: StreamConfig,
+    *,
+    block_length: int = 1,
+    implementation: Implementation = None,
+) -> Float[Array, "*tokens C"]:
+    """A network of L equal layers on n streams, as a scan over boundaries.
+
+    Expands x, runs the branches of a layer one after another, L times, and takes the mean of the streams: what
+    `streams.apply_layers` does of layers that `streams.wrap`. The scan carries flat streams, a branch's output and its
+    maps, so that its steps are boundaries and no step reads what the one before has just written.
+
+    Args:
+        branches: of one layer, in their order: `branch(params, x)`, of the shape and dtype of x.
+        params: for each branch those of its maps and its own; leaves have a leading axis of length L.
+        config: of all maps.
+        block_length: as of `streams.apply_layers`: of how many layers the streams are kept once.
+        implementation: as of `boundary`.
+
+    Raises:
+        ValueError: if block_length does not divide L; as `boundary`.
+        TypeError: as `boundary`.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from mhc_jax.streams import StreamConfig, init_params
+        >>> config = StreamConfig(4)
+        >>> maps = jax.vmap(lambda layer: init_params(config, 8, layer))(jnp.arange(6))
+        >>> apply_branches([lambda w, x: x @ w], [(maps, jnp.ones((6, 8, 8)))], jnp.ones((2, 8)), config).shape
+        (2, 8)
+    """
+    depth = jax.tree.leaves(params)[0].shape[0]
+    if block_length < 1 or depth % block_length:
+        raise ValueError(f"block_length must divide the depth {depth}, got {block_length}")
+    n, lead, dtype = config.streams, x.shape[:-1], jnp.promote_types(x.dtype, jnp.float32)
+    flat_shape = (*lead, n * x.shape[-1])
+    # The first boundary passes the streams on: H_res is 1, and no branch has written.
+    first = (
+        jnp.concatenate([x] * n, axis=-1),
+        jnp.zeros_like(x),
+        jnp.zeros((*lead, n), dtype),
+        jnp.broadcast_to(jnp.eye(n, dtype=dtype), (*lead, n, n)),
+    )
+
+    def layer(carry: tuple[Array, ...], params: Any) -> tuple[tuple[Array, ...], None]:
+        flat, output, post, res = carry
+        for branch, (maps_params, branch_params) in zip(branches, params, strict=True):
+            flat, h, post, res = flat_boundary(
+                maps_params, flat, output, post, res, config, implementation=implementation
+            )
+            output = branch(branch_params, h)
+        return (flat, output, post, res), None
+
+    if block_length == 1:
+        flat, output, post, res = jax.lax.scan(layer, first, params)[0]
+    else:
+
+        def keep(_: Any, *inputs: Any, **options: Any) -> bool:
+            # Everything but what has the shape of the streams, which only boundaries handle.
+            shapes = [value.shape for value in inputs] + [options.get("shape")]
+            return flat_shape not in shapes and (*lead, n, x.shape[-1]) not in shapes
+
+        block = jax.checkpoint(lambda carry, params: jax.lax.scan(layer, carry, params), policy=keep, prevent_cse=False)
+        blocks = jax.tree.map(lambda p: p.reshape(-1, block_length, *p.shape[1:]), params)
+        flat, output, post, res = jax.lax.scan(block, first, blocks)[0]
+    return reduce(_parted(_mixed(flat, output, post, res), n))

@@ -51,8 +51,6 @@ def on_tpu(kernel: Callable[..., Any], xla: Callable[..., Any], *arguments: Arra
             f"implementation='pallas' takes streams of bfloat16 or float32, got {arguments[0].dtype}: "
             "use implementation='xla'"
         )
-    if arguments[0].size == 0:
-        return xla(*arguments)
     interpreted = partial(kernel, interpret=True)
     return lax.platform_dependent(*arguments, tpu=kernel, cuda=xla, rocm=xla, default=interpreted)
 
