@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bridge
+import mhc_jax.models as jax_models
 import mhc_jax.nn as jax_mhc
 import mhc_torch as torch_mhc
 from benchmarks import bridge_call
+from benchmarks.record import output_file
 from benchmarks.timing import Spread, environment, interleaved, ratio, write_json
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class TorchResNet(nn.Module):
-    """The torch form of `mhc_jax.nn.MHCResNet` with bottleneck blocks."""
+    """The torch form of `mhc_jax.models.MHCResNet` with bottleneck blocks."""
 
     def __init__(self, stage_sizes: Sequence[int], num_classes: int, features: int) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class TorchLayer(nn.Module):
 
 
 class TorchTransformer(nn.Module):
-    """The torch form of `mhc_jax.nn.MHCTransformer`."""
+    """The torch form of `mhc_jax.models.MHCTransformer`."""
 
     def __init__(self, vocabulary: int, features: int, num_heads: int, depth: int, max_length: int) -> None:
         super().__init__()
@@ -102,7 +102,8 @@ class TorchTransformer(nn.Module):
 
 def resnet(stage_sizes: Sequence[int], num_classes: int, features: int) -> tuple[nnx.Module, nn.Module]:
     """A ResNet with history, in both frameworks; (3, 4, 6, 3), 1000 and 64 are the sizes of ResNet-50."""
-    ours = jax_mhc.MHCResNet(stage_sizes, num_classes, features=features, block=jax_mhc.MHCBottleneck, rngs=nnx.Rngs(0))
+    block = jax_mhc.MHCBottleneck
+    ours = jax_models.MHCResNet(stage_sizes, num_classes, features=features, block=block, rngs=nnx.Rngs(0))
     return ours, TorchResNet(stage_sizes, num_classes, features)
 
 
@@ -110,7 +111,7 @@ def transformer(
     vocabulary: int, features: int, num_heads: int, depth: int, max_length: int
 ) -> tuple[nnx.Module, nn.Module]:
     """A decoder-only transformer with history, in both frameworks."""
-    ours = jax_mhc.MHCTransformer(
+    ours = jax_models.MHCTransformer(
         vocabulary,
         features=features,
         num_heads=num_heads,
@@ -173,15 +174,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bridge", description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", choices=["conversion", "call"], help="default: both")
     parser.add_argument("--quick", action="store_true", help="a second for each measurement, small models only")
-    parser.add_argument("--output", type=Path, help="of the part named; default: the recorded result")
+    parser.add_argument("--output", type=Path, help="of the part named; default: the recorded result, of a full run")
     arguments = parser.parse_args()
     if arguments.output and not arguments.part:
         parser.error("--output is one file, and both parts write one each: name a part, conversion or call")
+    full = not arguments.quick
+    call = output_file(arguments.output, "bridge-cpu.json", full=full)
+    files = output_file(arguments.output, "bridge_conversion.json", full=full)
     torch.manual_seed(0)
     if arguments.part != "conversion":
-        bridge_call.main(arguments.output or RESULTS / "bridge-cpu.json", arguments.quick)
+        bridge_call.main(call, arguments.quick)
     if arguments.part != "call":
-        conversion(arguments.output or RESULTS / "bridge_conversion.json", arguments.quick)
+        conversion(files, arguments.quick)
 
 
 if __name__ == "__main__":

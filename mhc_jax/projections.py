@@ -3,7 +3,10 @@
 Every projection computes in float32, or in float64 for float64 logits, and returns that dtype.
 """
 
-from typing import Literal, overload
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +125,9 @@ def project_doubly_stochastic(
         raise ValueError(f"last must be 'columns' or 'rows', got {last!r}")
     if tolerance is not None and not tolerance > 0.0:
         raise ValueError(f"tolerance must be positive or None, got {tolerance!r}")
-    z = _scaled(logits, temperature)
+    if not logits.shape[-1]:
+        raise ValueError(f"logits must hold at least one row, got shape {logits.shape}")
+    z = _scaled(logits, temperature, axis=(-2, -1))
     # log_sinkhorn normalizes columns (axis -2) last.
     weights = log_sinkhorn(z if last == "columns" else z.mT, iterations, tolerance)
     residual = lax.stop_gradient(jnp.max(jnp.abs(weights.sum(axis=-1) - 1.0), axis=-1))
@@ -130,7 +135,45 @@ def project_doubly_stochastic(
     return (weights, residual) if return_residual else weights
 
 
-def _scaled(logits: Array, temperature: float) -> Array:
-    if not 0.0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+def computed_in(dtype: Any) -> Any:
+    """The dtype that weights from logits of `dtype` are computed in."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises a ValueError for what float32 cannot divide by: below its smallest normal number it may hold 0."""
+    if not 2.0**-126 <= temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}; the least in float32 is 2**-126")
+
+
+def _scaled(logits: Array, temperature: float, axis: int | tuple[int, int] = -1) -> Array:
+    check_temperature(temperature)
+    logits = logits.astype(computed_in(logits.dtype))
+    # Weights do not change when all logits move together. The largest at 0, what overflows is minus infinity.
+    return (logits - lax.stop_gradient(logits.max(axis=axis, keepdims=True))) / temperature
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A manifold that mixing weights may lie on, as `MHCConfig.constraint` names it.
+
+    Attributes:
+        function: (logits (*batch, K), **options) -> weights (*batch, K), float32 or float64, differentiable; a logit
+            of -inf, a state that does not exist, must get weight 0.
+        options: the fields of `MHCConfig` that `function` takes as keywords; no others change what it computes.
+    """
+
+    function: Callable[..., Array]
+    options: tuple[str, ...] = ("temperature",)
+
+    def __call__(self, logits: Float[Array, "*batch K"], config: Any) -> Float[Array, "*batch K"]:
+        """The weights of `logits` under the options of `config`."""
+        return self.function(logits, **{name: getattr(config, name) for name in self.options})
+
+
+PROJECTIONS: dict[str, Projection] = {
+    "simplex": Projection(project_simplex),
+    "identity": Projection(project_identity_preserving, ("epsilon", "temperature")),
+    "sparse": Projection(project_sparse_simplex),
+}
+"""The manifolds that `MHCConfig.constraint` may name. One entry adds one."""

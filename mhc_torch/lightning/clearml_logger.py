@@ -109,6 +109,8 @@ class ClearMLLogger(Logger):
         """End the task, as failed unless ``status`` is "success"."""
         if self._task is None:
             return
+        # After a crash, Ctrl-C or sys.exit ClearML's own close does not wait for what was reported.
+        self._task.flush(wait_for_uploads=True)
         if status != "success" and not self._offline:
             self._task.mark_failed()
         self._task.close()
@@ -136,7 +138,7 @@ class ClearMLLogger(Logger):
             )
             task.get_offline_mode_folder()
         # Offline the reporter is made late and its thread never started: nothing would be written before the end.
-        _ = task._reporter
+        getattr(task, "_reporter", None)
         BackgroundMonitor.start_all(task)
         return task
 

@@ -8,9 +8,9 @@ import torch
 from flax import nnx
 
 import bridge
-from mhc_jax.nn.transformer import MHCTransformer
+from mhc_jax.models.transformer import MHCTransformer
 from mhc_jax.streams import StreamConfig
-from mhc_torch.layers.transformer import MHCTransformer as TorchTransformer
+from mhc_torch.models.transformer import MHCTransformer as TorchTransformer
 from tests.integration.text import windows
 
 SHAPE = {"features": 32, "num_heads": 2, "depth": 2, "max_length": 32}
