@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from mhc_jax.kernels.blocks import LANES, rows
+from mhc_jax.kernels.launch import LANES, rows
 
 GROUP = 8  # tokens: the rows of a register
 TOKENS = 128  # of a tile at most: the tokens of a register of maps
@@ -221,7 +221,7 @@ def forward(
     norm_epsilon: float,
     interpret: Any = False,
 ) -> tuple[Float[Array, "*tokens nC"], Float[Array, "*tokens C"], Float[Array, "*tokens m"], Float[Array, "*tokens 1"]]:
-    """X', x', vec(X') phi and the sum of the squares of vec(X').
+    """X', x', vec(X') phi and 1 / rms(vec X'), of streams whose squares sum up to numbers that float32 holds.
 
     Args:
         pre: H_pre of the next branch is `pre(normalized logits, gate, bias)`.
@@ -337,7 +337,7 @@ def forward(
         _cut(new, tokens, n, width),
         _cut(inputs, tokens, 1, width),
         sums[:, :m],
-        sums[:, s.logits : s.logits + 1],
+        lax.rsqrt(sums[:, s.logits : s.logits + 1] / features + norm_epsilon),
     )
     return tuple(result.reshape(*lead, -1) for result in results)
 

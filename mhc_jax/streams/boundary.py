@@ -14,25 +14,26 @@ A network is a chain of boundaries: `read` before its first branch, `write` afte
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mhc_jax.kernels import stream_boundary as kernels
-from mhc_jax.streams import (
-    Implementation,
+from mhc_jax.kernels.choice import Implementation, implemented
+from mhc_jax.streams import norm
+from mhc_jax.streams.config import StreamConfig
+from mhc_jax.streams.connect import reduce, write
+from mhc_jax.streams.constraints import CONSTRAINTS
+from mhc_jax.streams.depth import scan_layers
+from mhc_jax.streams.maps import (
     Maps,
-    StreamConfig,
     StreamParams,
-    _check,
-    _check_implementation,
-    _collapse,
-    _maps_from_logits,
-    _maps_from_raw,
-    _write,
-    reduce,
+    check_implementation,
+    check_params,
+    maps,
+    maps_from_normalized,
 )
 
 
@@ -78,7 +79,7 @@ def boundary(
         >>> streams.shape, x.shape, post.shape, res.shape
         ((2, 4, 8), (2, 8), (2, 4), (2, 4, 4))
     """
-    _check(params, streams, config)
+    check_params(params, streams, config)
     flat = streams.reshape(*streams.shape[:-2], config.streams * streams.shape[-1])
     flat, x, post, res = flat_boundary(params, flat, output, post, res, config, implementation=implementation)
     return flat.reshape(streams.shape), x, post, res
@@ -109,10 +110,8 @@ def flat_boundary(
         raise ValueError(
             f"post and res must have shapes {(*lead, n)} and {(*lead, n, n)}, got {post.shape} and {res.shape}"
         )
-    _check(params, _parted(streams, n), config)
-    _check_implementation(implementation)
-    if streams.size == 0:  # No numbers are no tile to work on.
-        implementation = None
+    check_params(params, _parted(streams, n), config)
+    check_implementation(implementation)
     return _boundary(params, streams, output, post, res, config, implementation)
 
 
@@ -144,18 +143,16 @@ def _forward(
 ) -> tuple[tuple[Array, Array, Array, Array], tuple[Any, ...]]:
     phi, alpha, bias = params
     if phi is None or alpha is None:
-        static = _static_maps(bias, config, res.shape[:-2], res.dtype)
+        static = _static_maps(bias, output, config)
         new = _mixed(flat, output, post, res)
         return (new, _collapsed(static.pre, new), static.post, static.res), (params, flat, output, post, res, ())
     gate = jnp.broadcast_to(alpha[0], config.streams).astype(res.dtype)
     arguments = flat, output, post, res, phi.astype(res.dtype), gate, bias[: config.streams].astype(res.dtype)
-    form = partial(_forward_by_xla, pre=partial(_pre, config), norm_epsilon=config.norm_epsilon)
-    if implementation == "pallas":
-        kernel = partial(kernels.forward, pre=partial(_pre, config), norm_epsilon=config.norm_epsilon)
-        form = partial(kernels.on_tpu, kernel, form)
-    new, x, raw, squares = form(*arguments)
-    inverse_rms = jax.lax.rsqrt(squares / phi.shape[0] + config.norm_epsilon)
-    _, next_post, next_res = _maps_from_raw(raw, inverse_rms, alpha, bias, config, implementation)
+    form = implemented(implementation, _forward_by_kernel, _forward_by_xla)
+    new, x, raw, inverse_rms = form(*arguments, config=config)
+    # By `jax.vjp`, which puts the forward pass of `sinkhorn` in its place: a Hessian needs derivatives of both modes.
+    maps_of = partial(maps_from_normalized, config=config, implementation=implementation)
+    (_, next_post, next_res), _ = jax.vjp(maps_of, raw * inverse_rms, alpha, bias)
     return (new, x, next_post, next_res), (params, flat, output, post, res, (raw, inverse_rms))
 
 
@@ -169,28 +166,25 @@ def _backward(
     d_new, d_input, d_post, d_res = cotangents
     n, dtype = config.streams, res.dtype
     if phi is None or alpha is None:
-        static_of = partial(_static_maps, config=config, lead=res.shape[:-2], dtype=dtype)
-        static, static_pullback = jax.vjp(static_of, bias)
-        *gradients, d_pre, _ = _backward_by_xla(flat, output, post, res, static.pre, d_new, d_input)
+        static, static_pullback = jax.vjp(partial(_static_maps, output=output, config=config), bias)
+        *gradients, d_pre = _backward_by_xla(flat, output, post, res, static.pre, d_new, d_input)
         (d_bias,) = static_pullback(Maps(d_pre, d_post, d_res))
         return StreamParams(None, None, d_bias), *gradients
 
     raw, inverse_rms = projected
-    own, size = raw[..., :n], phi.shape[0]
+    normalized, size = raw * inverse_rms, phi.shape[0]
     # H_post and H_res first: what arrives at H_pre is known only once X' is built again.
-    maps_again = partial(_maps_from_raw, config=config, implementation=implementation)
-    maps, pullback = jax.vjp(maps_again, raw, inverse_rms, alpha, bias)
-    d_raw, _, d_alpha, d_bias = pullback(Maps(jnp.zeros_like(maps.pre), d_post, d_res))
-    pre, pre_pullback = jax.vjp(partial(_pre, config), own * inverse_rms, alpha[0], bias[:n])
+    maps_again = partial(maps_from_normalized, config=config, implementation=implementation)
+    next_maps, pullback = jax.vjp(maps_again, normalized, alpha, bias)
+    d_normalized, d_alpha, d_bias = pullback(Maps(jnp.zeros_like(next_maps.pre), d_post, d_res))
+    own = normalized[..., :n]
+    pre, pre_pullback = jax.vjp(partial(_pre, config), own, alpha[0], bias[:n])
     slope = pre_pullback(jnp.ones_like(pre))[0] * inverse_rms
-    # Through 1 / rms X' gets radial * (X' / rms): raw logits scale with X', maps do not.
-    pull = -own * inverse_rms / size
-    radial = -jnp.sum(d_raw * raw, axis=-1, keepdims=True) * inverse_rms / size
+    # Through 1 / rms X' gets radial * (X' / rms). No factor here is the square of a stream, or of 1 / rms.
+    radial = -jnp.sum(d_normalized * normalized, axis=-1, keepdims=True) * inverse_rms / size
     arguments = flat, output, post, res, pre, d_new, d_input
-    more = phi.astype(dtype), slope, pull, d_raw, radial, inverse_rms
-    form: Any = _backward_by_xla
-    if implementation == "pallas":
-        form = partial(kernels.on_tpu, kernels.backward, form)
+    more = phi.astype(dtype), slope, -own / size, d_normalized * inverse_rms, radial, inverse_rms
+    form = implemented(implementation, _backward_by_kernel, _backward_by_xla)
     *gradients, d_pre, d_phi = form(*arguments, *more)
     _, d_gate, d_own_bias = pre_pullback(d_pre)
     d_params = StreamParams(d_phi.astype(phi.dtype), d_alpha.at[0].add(d_gate), d_bias.at[:n].add(d_own_bias))
@@ -200,111 +194,107 @@ def _backward(
 _boundary.defvjp(_forward, _backward)
 
 
-def _static_maps(bias: Array, config: StreamConfig, lead: tuple[int, ...], dtype: Any) -> Maps:
-    static = _maps_from_logits(bias.astype(dtype), config)
-    return Maps(*(jnp.broadcast_to(m, lead + m.shape) for m in static))
+def _static_maps(bias: Array, output: Array, config: StreamConfig) -> Maps:
+    shape = (*output.shape[:-1], config.streams, output.shape[-1])
+    return maps(StreamParams(None, None, bias), jnp.zeros(shape, output.dtype), config)
 
 
 def _pre(config: StreamConfig, normalized: Array, gate: Array, bias: Array) -> Array:
     """H_pre of its normalized logits."""
-    if config.constraint == "none":
-        return gate * jnp.tanh(normalized) + bias
-    return jax.nn.sigmoid(gate * normalized + bias) + config.epsilon
+    if CONSTRAINTS[config.constraint].bounded:
+        return jax.nn.sigmoid(gate * normalized + bias) + config.epsilon
+    return gate * jnp.tanh(normalized) + bias
 
 
 def _mixed(flat: Array, output: Array, post: Array, res: Array) -> Array:
-    return _write(_parted(flat, post.shape[-1]), output, post, res, None).reshape(flat.shape)
+    return write(_parted(flat, post.shape[-1]), output, post, res).reshape(flat.shape)
 
 
 def _collapsed(pre: Array, flat: Array) -> Array:
-    return _collapse(pre, _parted(flat, pre.shape[-1]))
+    return jnp.einsum("...n,...nc->...c", pre, _parted(flat, pre.shape[-1]).astype(pre.dtype)).astype(flat.dtype)
 
 
 def _forward_by_xla(
-    flat: Array,
-    output: Array,
-    post: Array,
-    res: Array,
-    phi: Array,
-    gate: Array,
-    bias: Array,
-    *,
-    pre: Callable[[Array, Array, Array], Array],
-    norm_epsilon: float,
+    flat: Array, output: Array, post: Array, res: Array, phi: Array, gate: Array, bias: Array, *, config: StreamConfig
 ) -> tuple[Array, Array, Array, Array]:
-    """X', x', vec(X') phi, and the sum of squares of vec(X')."""
+    """X', x', vec(X') phi and 1 / rms(vec X')."""
     new = _mixed(flat, output, post, res)
     wide = new.astype(res.dtype)
-    raw, squares = jnp.matmul(wide, phi), jnp.sum(wide * wide, axis=-1, keepdims=True)
-    normalized = raw[..., : post.shape[-1]] * jax.lax.rsqrt(squares / phi.shape[0] + norm_epsilon)
-    return new, _collapsed(pre(normalized, gate, bias), new), raw, squares
+    raw, inverse_rms = jnp.matmul(wide, phi), norm.inverse_rms(wide, config.norm_epsilon)
+    pre = _pre(config, raw[..., : config.streams] * inverse_rms, gate, bias)
+    return new, _collapsed(pre, new), raw, inverse_rms
+
+
+def _forward_by_kernel(*arguments: Array, config: StreamConfig) -> tuple[Array, Array, Array, Array]:
+    kernel = partial(kernels.forward, pre=partial(_pre, config), norm_epsilon=config.norm_epsilon)
+    return kernels.on_tpu(kernel, partial(_forward_by_xla, config=config), *arguments)
+
+
+def _backward_by_kernel(*arguments: Array) -> tuple[Array, ...]:
+    return kernels.on_tpu(kernels.backward, _backward_by_xla, *arguments)
 
 
 def _backward_by_xla(
-    flat: Array,
-    output: Array,
-    post: Array,
-    res: Array,
-    pre: Array,
-    d_new: Array,
-    d_input: Array,
-    phi: Array | None = None,
-    slope: Array | None = None,
-    pull: Array | None = None,
-    d_raw: Array | None = None,
-    radial: Array | None = None,
-    inverse_rms: Array | None = None,
-) -> tuple[Array, Array, Array, Array, Array, Array | None]:
-    """What arrives at streams, output, post, res, the next H_pre and phi; arguments as of `kernels.backward`."""
+    flat: Array, output: Array, post: Array, res: Array, pre: Array, d_new: Array, d_input: Array, *dynamic: Array
+) -> tuple[Array, ...]:
+    """What arrives at streams, output, post, res and the next H_pre, and at phi if maps are dynamic.
+
+    Arguments are those of `kernels.backward`.
+    """
     n, dtype = post.shape[-1], res.dtype
-    streams, output_wide, d_input = _parted(flat, n).astype(dtype), output.astype(dtype), d_input.astype(dtype)
+    streams, d_input = _parted(flat, n).astype(dtype), d_input.astype(dtype)
     new = _mixed(flat, output, post, res).astype(dtype)
     d_pre = jnp.einsum("...c,...nc->...n", d_input, _parted(new, n))
     # All that arrives at the new streams, summed before it is rounded.
     total = _parted(d_new, n).astype(dtype) + pre[..., None] * d_input[..., None, :]
-    d_phi = None
-    if phi is not None:
+    d_phi = []
+    if dynamic:
+        phi, slope, pull, d_raw, radial, inverse_rms = dynamic
         d_own = d_pre * slope
         d_raw = d_raw.at[..., :n].add(d_own)
-        radial = radial + jnp.sum(d_own * pull, axis=-1, keepdims=True)
+        radial += jnp.sum(d_own * pull, axis=-1, keepdims=True)
         total += _parted(jnp.matmul(d_raw, phi.T) + radial * (new * inverse_rms), n)
         tokens = tuple(range(d_raw.ndim - 1))
         # Transposed on the way: the tall result (nC, m) directly is the slow side of a CPU's matrix product.
-        d_phi = jnp.tensordot(d_raw, new, (tokens, tokens)).T
+        d_phi = [jnp.tensordot(d_raw, new, (tokens, tokens)).T]
     d_streams = jnp.zeros_like(total)
     for i in range(n):
         d_streams += res[..., i, :, None] * total[..., i, None, :]
     d_output = jnp.einsum("...n,...nc->...c", post, total)
-    d_post = jnp.einsum("...nc,...c->...n", total, output_wide)
+    d_post = jnp.einsum("...nc,...c->...n", total, output.astype(dtype))
     d_res = jnp.einsum("...ic,...jc->...ij", total, streams)
     d_flat = d_streams.reshape(flat.shape).astype(flat.dtype)
-    return d_flat, d_output.astype(output.dtype), d_post, d_res, d_pre, d_phi
+    return d_flat, d_output.astype(output.dtype), d_post, d_res, d_pre, *d_phi
 
 
-Branch = Callable[[Any, Array], Array]
+class Connected(NamedTuple):
+    """A branch and its connection to the streams."""
+
+    branch: Callable[[Array], Array]
+    params: StreamParams
+    config: StreamConfig
+    implementation: Implementation = None
 
 
 def apply_branches(
-    branches: Sequence[Branch],
-    params: Sequence[tuple[StreamParams, Any]],
+    layer: Callable[[Any], Sequence[Connected]],
+    params: Any,
     x: Float[Array, "*tokens C"],
-    config: StreamConfig,
+    streams: int,
     *,
     block_length: int = 1,
-    implementation: Implementation = None,
 ) -> Float[Array, "*tokens C"]:
-    """A network of L equal layers on n streams, as a scan over boundaries.
+    """A network of equal layers on n streams, as a scan over boundaries.
 
-    Expands x, runs the branches of a layer one after another, L times, and takes the mean of the streams: what
-    `streams.apply_layers` does of layers that `streams.wrap`. The scan carries flat streams, a branch's output and its
-    maps, so that its steps are boundaries and no step reads what the one before has just written.
+    Expands x, runs the branches of every layer one after another, and takes the mean of the streams: what
+    `apply_layers` does of layers that `wrap`. The scan carries flat streams, a branch's output and its maps, so that
+    nothing reads what the step before has just written.
 
     Args:
-        branches: of one layer, in their order: `branch(params, x)`, of the shape and dtype of x.
-        params: for each branch those of its maps and its own; leaves have a leading axis of length L.
-        config: of all maps.
-        block_length: as of `streams.apply_layers`: of how many layers the streams are kept once.
-        implementation: as of `boundary`.
+        layer: from the parameters of one layer, its branches in their order. A branch keeps the shape and dtype of x.
+        params: a pytree whose leaves have a leading axis of length L, the depth.
+        streams: n, as in the configs of all branches.
+        block_length: as of `apply_layers`: of how many layers the streams are kept once.
 
     Raises:
         ValueError: if block_length does not divide L; as `boundary`.
@@ -316,41 +306,31 @@ def apply_branches(
         >>> from mhc_jax.streams import StreamConfig, init_params
         >>> config = StreamConfig(4)
         >>> maps = jax.vmap(lambda layer: init_params(config, 8, layer))(jnp.arange(6))
-        >>> apply_branches([lambda w, x: x @ w], [(maps, jnp.ones((6, 8, 8)))], jnp.ones((2, 8)), config).shape
+        >>> def layer(params):
+        ...     maps, kernel = params
+        ...     return [Connected(lambda x: x @ kernel, maps, config)]
+        >>> apply_branches(layer, (maps, jnp.ones((6, 8, 8))), jnp.ones((2, 8)), 4).shape
         (2, 8)
     """
-    depth = jax.tree.leaves(params)[0].shape[0]
-    if block_length < 1 or depth % block_length:
-        raise ValueError(f"block_length must divide the depth {depth}, got {block_length}")
-    n, lead, dtype = config.streams, x.shape[:-1], jnp.promote_types(x.dtype, jnp.float32)
-    flat_shape = (*lead, n * x.shape[-1])
+    lead, width, dtype = x.shape[:-1], x.shape[-1], jnp.promote_types(x.dtype, jnp.float32)
     # The first boundary passes the streams on: H_res is 1, and no branch has written.
     first = (
-        jnp.concatenate([x] * n, axis=-1),
+        jnp.concatenate([x] * streams, axis=-1),
         jnp.zeros_like(x),
-        jnp.zeros((*lead, n), dtype),
-        jnp.broadcast_to(jnp.eye(n, dtype=dtype), (*lead, n, n)),
+        jnp.zeros((*lead, streams), dtype),
+        jnp.broadcast_to(jnp.eye(streams, dtype=dtype), (*lead, streams, streams)),
     )
 
-    def layer(carry: tuple[Array, ...], params: Any) -> tuple[tuple[Array, ...], None]:
+    def step(params: Any, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         flat, output, post, res = carry
-        for branch, (maps_params, branch_params) in zip(branches, params, strict=True):
+        for connected in layer(params):
+            _, maps_params, config, implementation = connected
             flat, h, post, res = flat_boundary(
                 maps_params, flat, output, post, res, config, implementation=implementation
             )
-            output = branch(branch_params, h)
-        return (flat, output, post, res), None
+            output = connected.branch(h)
+        return flat, output, post, res
 
-    if block_length == 1:
-        flat, output, post, res = jax.lax.scan(layer, first, params)[0]
-    else:
-
-        def keep(_: Any, *inputs: Any, **options: Any) -> bool:
-            # Everything but what has the shape of the streams, which only boundaries handle.
-            shapes = [value.shape for value in inputs] + [options.get("shape")]
-            return flat_shape not in shapes and (*lead, n, x.shape[-1]) not in shapes
-
-        block = jax.checkpoint(lambda carry, params: jax.lax.scan(layer, carry, params), policy=keep, prevent_cse=False)
-        blocks = jax.tree.map(lambda p: p.reshape(-1, block_length, *p.shape[1:]), params)
-        flat, output, post, res = jax.lax.scan(block, first, blocks)[0]
-    return reduce(_parted(_mixed(flat, output, post, res), n))
+    wide = (*lead, streams * width), (*lead, streams, width)
+    flat, output, post, res = scan_layers(step, params, first, block_length, wide)
+    return reduce(_parted(_mixed(flat, output, post, res), streams))

@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mhc_jax import streams
 from mhc_jax.kernels import stream_boundary as kernels
-from mhc_jax.stream_boundary import boundary, flat_boundary
+from mhc_jax.streams import boundary, flat_boundary
 from mhc_jax.streams import StreamConfig, StreamParams
 from tests import streams_reference as reference
 from tests.lowering import lowered_for
