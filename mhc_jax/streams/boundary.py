@@ -332,5 +332,5 @@ def apply_branches(
         return flat, output, post, res
 
     wide = (*lead, streams * width), (*lead, streams, width)
-    flat, output, post, res = scan_layers(step, params, first, block_length, wide)
+    flat, output, post, res = scan_layers(step, params, first, block_length, wide, source=layer)
     return reduce(_parted(_mixed(flat, output, post, res), streams))

@@ -40,9 +40,18 @@ Carry = TypeVar("Carry")
 
 
 def scan_layers(
-    layer: Callable[[Any, Carry], Carry], params: Any, carry: Carry, block_length: int, wide: tuple[tuple[int, ...], ...]
+    layer: Callable[[Any, Carry], Carry],
+    params: Any,
+    carry: Carry,
+    block_length: int,
+    wide: tuple[tuple[int, ...], ...],
+    source: Any = None,
 ) -> Carry:
-    """`apply_layers` of layers that carry any arrays; those of the shapes `wide` are what a block keeps once."""
+    """`apply_layers` of layers that carry any arrays; those of the shapes `wide` are what a block keeps once.
+
+    Args:
+        source: as of `trace`.
+    """
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(params)}
     if len(lengths) != 1 or () in lengths:
         shapes = jax.tree.map(jnp.shape, params)
@@ -53,7 +62,7 @@ def scan_layers(
     if depth == 0:
         return carry
     first = jax.eval_shape(lambda params: jax.tree.map(lambda leaf: leaf[0], params), params)
-    function, shared = trace(layer, first, carry)
+    function, shared = trace(layer, first, carry, source=source)
     return _scan(function, block_length, wide, shared, params, carry)
 
 

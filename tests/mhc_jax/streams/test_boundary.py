@@ -10,8 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mhc_jax import streams
 from mhc_jax.kernels import stream_boundary as kernels
-from mhc_jax.streams import boundary, flat_boundary
-from mhc_jax.streams import StreamConfig, StreamParams
+from mhc_jax.streams import StreamConfig, StreamParams, boundary, flat_boundary
 from tests import streams_reference as reference
 from tests.lowering import lowered_for
 
@@ -249,3 +248,48 @@ def test_no_tokens_and_vmap():
     mapped = jax.vmap(lambda *a: fused(params, *a, config, "pallas"))(*others)
     for a, b in zip(mapped, fused(params, *others, config), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("block_length", [1, 2])
+def test_a_scan_over_boundaries_is_the_scan_over_layers(block_length):
+    config, depth, width = StreamConfig(3, iterations=3), 4, 6
+    rng = np.random.default_rng(0)
+
+    def maps():
+        shapes = (3 * width, config.logits), (3,), (config.logits,)
+        return StreamParams(*(rng.normal(size=(depth, *shape)) / 4 for shape in shapes))
+
+    functions = (lambda w, h: jnp.tanh(h @ w)), (lambda w, h: h * jnp.sin(h @ w))
+    params = [(maps(), rng.normal(size=(depth, width, width))) for _ in functions]
+    x, cotangent = rng.normal(size=(2, 7, width))
+
+    def over_boundaries(params, x):
+        def layer(params):
+            return [
+                streams.Connected(partial(function, w), maps, config)
+                for function, (maps, w) in zip(functions, params, strict=True)
+            ]
+
+        return streams.apply_branches(layer, params, x, 3, block_length=block_length)
+
+    def over_layers(params, x):
+        def layer(params, wide):
+            for function, (maps, w) in zip(functions, params, strict=True):
+                wide = streams.wrap(partial(function, w), config)(maps, wide)
+            return wide
+
+        return streams.reduce(streams.apply_layers(layer, params, streams.expand(x, 3), block_length=block_length))
+
+    outcomes = []
+    with jax.enable_x64(True):
+        for function in (over_boundaries, over_layers):
+            result, pullback = jax.vjp(function, params, x)
+            outcomes.append((result, pullback(cotangent)))
+            kept = [leaf.shape for leaf in jax.tree.leaves(pullback) if leaf.ndim > 1]
+            # The streams of every layer's two branches, or of every second layer once; for the rest branches' outputs.
+            wide = [shape for shape in kept if shape[-2:] == (7, 18) or shape[-3:] == (7, 3, width)]
+            if function is over_boundaries:
+                last = [(7, 3, width)]
+                assert sorted(wide) == sorted(last + ([(4, 7, 18)] * 2 if block_length == 1 else [(2, 7, 18)]))
+    for ours, theirs in zip(*map(jax.tree.leaves, outcomes), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12 * max(1, np.abs(theirs).max()))
