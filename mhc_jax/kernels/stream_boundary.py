@@ -17,7 +17,8 @@ bfloat16 numbers, their sum: 16 bits, where a stream has 8. Sums are float32.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import jax
@@ -255,8 +256,8 @@ def forward(
     ) -> None:
         coefficients = [maps_ref[0, j * above : (j + 1) * above] for j in range(n + 1)]
         for q in range(s.groups):
-            mix = _diagonals(_to_groups(coefficients, q), n)
-            mix_ref[q] = jnp.concatenate([p.astype(F32) for p in _parts(mix, dtype)], axis=1).astype(dtype)
+            diagonals = _parts(_diagonals(_to_groups(coefficients, q), n), dtype)
+            mix_ref[q] = jnp.concatenate([p.astype(F32) for p in diagonals], axis=1).astype(dtype)
 
         def mix(k: Array, _: Any) -> None:
             for q in range(s.groups):
@@ -266,8 +267,8 @@ def forward(
                 for i in range(n):
                     new_ref[_step(new_ref, s, at, k, i)] = new[i * GROUP : (i + 1) * GROUP]
                 square = new.astype(F32) ** 2
-                square = sum(square[:, f : f + LANES] for f in range(0, s.step, LANES))
-                square = sum(square[i * GROUP : (i + 1) * GROUP] for i in range(n))
+                square = _sum([square[:, f : f + LANES] for f in range(0, s.step, LANES)])
+                square = _sum([square[i * GROUP : (i + 1) * GROUP] for i in range(n)])
                 squares_ref[at, :] = jnp.where(k == 0, square, squares_ref[at, :] + square)
             total = jnp.zeros((s.tokens, columns), F32)
             for i in range(n):
@@ -277,7 +278,7 @@ def forward(
 
         lax.fori_loop(0, s.width // s.step, mix, None)
         sums = sums_ref[...].T
-        raw = sum(sums[p * s.logits : (p + 1) * s.logits] for p in range(len(parts)))
+        raw = _sum([sums[p * s.logits : (p + 1) * s.logits] for p in range(len(parts))])
         squares = jnp.sum(squares_ref[...].T, axis=0, keepdims=True)
         raw_ref[0, : s.logits, : s.tokens] = raw
         raw_ref[0, s.logits :, : s.tokens] = jnp.broadcast_to(squares, (8, s.tokens))
@@ -333,13 +334,13 @@ def forward(
         interpret=interpret,
     )(*arguments)
     sums = _untable(sums, s, tokens)
-    results = (
-        _cut(new, tokens, n, width),
-        _cut(inputs, tokens, 1, width),
-        sums[:, :m],
-        lax.rsqrt(sums[:, s.logits : s.logits + 1] / features + norm_epsilon),
+    inverse_rms = lax.rsqrt(sums[:, s.logits : s.logits + 1] / features + norm_epsilon)
+    return (
+        _cut(new, tokens, n, width).reshape(*lead, n * width),
+        _cut(inputs, tokens, 1, width).reshape(*lead, width),
+        sums[:, :m].reshape(*lead, m),
+        inverse_rms.reshape(*lead, 1),
     )
-    return tuple(result.reshape(*lead, -1) for result in results)
 
 
 def backward(
@@ -454,8 +455,8 @@ def backward(
         to_new = [take(n + 1) for _ in range(n)]
         raw, slopes, pulls, pres, radials, scale = take(m), take(n), take(n), take(n), take(1), take(1)
         zeros = jnp.zeros((above - n, LANES), F32)
-        d_pre = [jnp.sum(to_new[i] * of_input, axis=0, keepdims=True) for i in range(n)]
-        d_pre = jnp.concatenate([*d_pre, *([zeros] if above > n else [])], axis=0)
+        weighed = [jnp.sum(to_new[i] * of_input, axis=0, keepdims=True) for i in range(n)]
+        d_pre = jnp.concatenate([*weighed, *([zeros] if above > n else [])], axis=0)
         d_own = d_pre * slopes
         along = (radials[:1] + jnp.sum(d_own * pulls, axis=0, keepdims=True)) * scale[:1]
         if s.logits > above:
@@ -463,28 +464,28 @@ def backward(
         raw = raw + d_own[: s.logits]
         for i in range(n):
             total = of_new[i] + pres[i : i + 1] * of_input
-            total += along * sum(to_new[i][j : j + 1] * of_own[j] for j in range(n + 1))
+            total += along * _sum([to_new[i][j : j + 1] * of_own[j] for j in range(n + 1)])
             phi_rows = pl.ds(i * s.logits, s.logits)
-            through = [
+            sums_of_phi = [
                 jnp.sum(raw[:, : s.tokens] * phi_gram_ref[j, phi_rows, :], axis=0, keepdims=True) for j in range(n + 1)
             ]
-            through = jnp.concatenate([*through, *[jnp.zeros((1, s.tokens), F32)] * (rows_of_map - n - 1)], axis=0)
+            through = jnp.concatenate([*sums_of_phi, *[jnp.zeros((1, s.tokens), F32)] * (rows_of_map - n - 1)], axis=0)
             d_maps_ref[0, i * rows_of_map : (i + 1) * rows_of_map, :] = total
             d_maps_ref[0, i * rows_of_map : (i + 1) * rows_of_map, : s.tokens] += through
         d_maps_ref[0, n * rows_of_map :, :] = d_pre
 
         through_phi = []
         for j in range(n + 1):
-            outer = [raw * to_new[i][j : j + 1] for i in range(n)]
+            blocks = [raw * to_new[i][j : j + 1] for i in range(n)]
             if s.phi > n * s.logits:
-                outer.append(jnp.zeros((s.phi - n * s.logits, LANES), F32))
-            outer = jnp.concatenate(outer, axis=0)
+                blocks.append(jnp.zeros((s.phi - n * s.logits, LANES), F32))
+            outer = jnp.concatenate(blocks, axis=0)
             outer_ref[j] = outer[:, : s.tokens].astype(dtype)
             through_phi.append(outer.T)
         to_old = [
             *to_new,
-            sum(pres[i : i + 1] * to_new[i] for i in range(n)),
-            *(along * sum(to_new[i][j : j + 1] * to_new[i] for i in range(n)) for j in range(n + 1)),
+            _sum([pres[i : i + 1] * to_new[i] for i in range(n)]),
+            *(along * _sum([to_new[i][j : j + 1] * to_new[i] for i in range(n)]) for j in range(n + 1)),
         ]
         for q in range(s.groups):
             # The radial part, of X and y, is small: it needs no second number.
@@ -571,6 +572,11 @@ def backward(
     )
 
 
+def _sum(arrays: list[Array]) -> Array:
+    return reduce(add, arrays)
+
+
 def _cost(arguments: tuple[Array, ...], results: list[jax.ShapeDtypeStruct], flops: int) -> pl.CostEstimate:
-    moved = sum(a.size * a.dtype.itemsize for a in (*arguments, *results))
+    both: list[Any] = [*arguments, *results]
+    moved = sum(a.size * a.dtype.itemsize for a in both)
     return pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved)

@@ -161,7 +161,7 @@ def _backward(
     implementation: Implementation,
     saved: tuple[Any, ...],
     cotangents: tuple[Array, Array, Array, Array],
-) -> tuple[StreamParams, Array, Array, Array, Array]:
+) -> tuple[Any, ...]:
     (phi, alpha, bias), flat, output, post, res, projected = saved
     d_new, d_input, d_post, d_res = cotangents
     n, dtype = config.streams, res.dtype
@@ -314,7 +314,7 @@ def apply_branches(
     """
     lead, width, dtype = x.shape[:-1], x.shape[-1], jnp.promote_types(x.dtype, jnp.float32)
     # The first boundary passes the streams on: H_res is 1, and no branch has written.
-    first = (
+    first: tuple[Array, ...] = (
         jnp.concatenate([x] * streams, axis=-1),
         jnp.zeros_like(x),
         jnp.zeros((*lead, streams), dtype),
