@@ -12,7 +12,7 @@ from mhc_jax.history.config import MHCConfig
 from mhc_jax.nn.hyper_connections import HyperConnections, StreamStack
 from mhc_jax.nn.stack import MHCStack
 from mhc_jax.options import resolve
-from mhc_jax.streams import StreamConfig
+from mhc_jax.streams import Connected, StreamConfig
 from mhc_jax.streams.config import DEFAULTS
 
 Connection = Literal["residual", "history", "streams"]
@@ -124,6 +124,10 @@ class StreamTransformerLayer(nnx.Module):
 
     def __call__(self, streams: Float[Array, "B T n C"]) -> Float[Array, "B T n C"]:
         return self.mlp(self.attention(streams))
+
+    def connected(self) -> list[Connected]:
+        """The branches that this layer is a chain of."""
+        return self.attention.connected() + self.mlp.connected()
 
 
 class MHCTransformer(nnx.Module):

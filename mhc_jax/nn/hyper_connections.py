@@ -1,6 +1,7 @@
 """HyperConnections: n residual streams around a branch, as `mhc_jax.streams` defines them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
@@ -17,7 +18,7 @@ from mhc_jax.monitoring.figures import composite_gain, entropy, shares, sum_erro
 from mhc_jax.nn.merged import Merged
 from mhc_jax.nn.stack import unstacked
 from mhc_jax.options import resolve
-from mhc_jax.streams import HeadParams, Implementation, Maps, StreamConfig, StreamParams, maps
+from mhc_jax.streams import Connected, HeadParams, Implementation, Maps, StreamConfig, StreamParams, maps
 from mhc_jax.streams.config import DEFAULTS
 
 
@@ -81,6 +82,10 @@ class HyperConnections(nnx.Module):
         connected = functional.wrap(self.branch, self.config, implementation=self.implementation)
         return connected(self.params(), streams, *args, **kwargs)
 
+    def connected(self) -> list[Connected]:
+        """The branches that this layer is a chain of: its own."""
+        return [Connected(self.branch, self.params(), self.config, self.implementation)]
+
     def figures(self, grads: nnx.State) -> dict[str, Array]:
         """What `mhc_jax.monitoring.diagnostics.diagnose` reports."""
         graph, state = nnx.split(self)
@@ -126,7 +131,8 @@ class StreamStack(nnx.Module):
 
     Args:
         make_layer: makes one layer, (rngs, index) -> module, of `HyperConnections`: it maps streams to streams. The
-            index is traced; its variables are parameters only.
+            index is traced; its variables are parameters only. Where a layer is nothing but a chain of them, and says
+            so by a method `connected`, as they do, the write of one and the read of the next are one `boundary`.
         depth: number of layers L.
         streams: number n of streams.
         block_length: of how many layers the streams are kept once for the backward pass; see `streams.apply_layers`.
@@ -170,6 +176,10 @@ class StreamStack(nnx.Module):
 
     def __call__(self, x: Float[Array, "*tokens C"]) -> Float[Array, "*tokens C"]:
         graphdef, params = nnx.split(self.layers)
+        if hasattr(self.layers, "connected"):
+            return functional.apply_branches(
+                _Branches(graphdef), params, x, self.streams, block_length=self.block_length
+            )
         wide = functional.apply_layers(
             Merged(graphdef),
             params,
@@ -192,6 +202,16 @@ class StreamStack(nnx.Module):
         depth = len(figures["pre"]) // len(branches)
         names = [f"layers.{layer}.{branch}".rstrip(".") for layer in range(depth) for branch in branches]
         return _show_streams(figures, names)
+
+
+@dataclass(frozen=True)
+class _Branches:
+    """The branches of one layer of a stack as a value: equal to another of the same graph."""
+
+    graphdef: Any
+
+    def __call__(self, params: nnx.State) -> list[Connected]:
+        return nnx.merge(self.graphdef, params).connected()
 
 
 class StreamChain(nnx.Module):

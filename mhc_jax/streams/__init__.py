@@ -15,6 +15,7 @@ streams to every layer, and the method is off.
 """
 
 from mhc_jax.kernels.choice import Implementation
+from mhc_jax.streams.boundary import Connected, apply_branches, boundary, flat_boundary
 from mhc_jax.streams.config import MAX_STREAMS, StreamConfig
 from mhc_jax.streams.connect import expand, head, read, reduce, wrap, write
 from mhc_jax.streams.conventions import from_deepseek_v4
@@ -23,13 +24,17 @@ from mhc_jax.streams.maps import HeadParams, Maps, StreamParams, init_head_param
 
 __all__ = [
     "MAX_STREAMS",
+    "Connected",
     "HeadParams",
     "Implementation",
     "Maps",
     "StreamConfig",
     "StreamParams",
+    "apply_branches",
     "apply_layers",
+    "boundary",
     "expand",
+    "flat_boundary",
     "from_deepseek_v4",
     "head",
     "init_head_params",

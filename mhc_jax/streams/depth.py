@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,25 @@ def apply_layers(
 
     Source: arXiv 2512.24880, section 4.3.2.
     """
+    return scan_layers(layer, params, streams, block_length, (streams.shape,))
+
+
+Carry = TypeVar("Carry")
+
+
+def scan_layers(
+    layer: Callable[[Any, Carry], Carry],
+    params: Any,
+    carry: Carry,
+    block_length: int,
+    wide: tuple[tuple[int, ...], ...],
+    source: Any = None,
+) -> Carry:
+    """`apply_layers` of layers that carry any arrays; those of the shapes `wide` are what a block keeps once.
+
+    Args:
+        source: as of `trace`.
+    """
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(params)}
     if len(lengths) != 1 or () in lengths:
         shapes = jax.tree.map(jnp.shape, params)
@@ -41,32 +60,39 @@ def apply_layers(
     if block_length < 1 or depth % block_length:
         raise ValueError(f"block_length must divide the depth {depth}, got {block_length}")
     if depth == 0:
-        return streams
+        return carry
     first = jax.eval_shape(lambda params: jax.tree.map(lambda leaf: leaf[0], params), params)
-    function, shared = trace(layer, first, streams)
-    return _scan(function, block_length, shared, params, streams)
+    function, shared = trace(layer, first, carry, source=source)
+    return _scan(function, block_length, wide, shared, params, carry)
 
 
 # Compiled, so that a call outside jit finds what an earlier one compiled; not inline, so that its derivative does too.
-@partial(jax.jit, static_argnums=(0, 1))
-def _scan(function: Traced, block_length: int, shared: list[Array], params: Any, streams: Array) -> Array:
-    def step(streams: Array, params: Any) -> tuple[Array, None]:
-        return function(shared, params, streams), None
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _scan(
+    function: Traced,
+    block_length: int,
+    wide: tuple[tuple[int, ...], ...],
+    shared: list[Array],
+    params: Any,
+    carry: Any,
+) -> Any:
+    def step(carry: Any, params: Any) -> tuple[Any, None]:
+        return function(shared, params, carry), None
 
     if block_length == 1:
-        return jax.lax.scan(step, streams, params)[0]
+        return jax.lax.scan(step, carry, params)[0]
 
-    def block(streams: Array, params: Any) -> tuple[Array, None]:
-        return jax.lax.scan(step, streams, params)
+    def block(carry: Any, params: Any) -> tuple[Any, None]:
+        return jax.lax.scan(step, carry, params)
 
     def keep(_: Any, *inputs: Any, **options: Any) -> bool:
-        # Everything but what has the shape of the streams, which only `read` and `write` handle.
+        # Everything but what has the shape of the streams, which only connections handle.
         shapes = [value.shape for value in inputs] + [options.get("shape")]
-        return streams.shape not in shapes
+        return not any(shape in wide for shape in shapes)
 
     recomputed = jax.checkpoint(block, policy=keep, prevent_cse=False)
     blocks = jax.tree.map(lambda p: p.reshape(-1, block_length, *p.shape[1:]), params)
-    return jax.lax.scan(recomputed, streams, blocks)[0]
+    return jax.lax.scan(recomputed, carry, blocks)[0]
 
 
 def optimal_block_length(streams: int, depth: int) -> int:

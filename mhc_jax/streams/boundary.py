@@ -1,0 +1,336 @@
+"""The boundary between two branches of n streams: the write of one and the read of the next, in one pass.
+
+    X' = res X + post y        with the maps of the branch whose output is y      arXiv 2512.24880, equation 3
+    maps' = maps(X')           of the branch that comes next                      equations 7 to 9
+    x' = pre' X'               its input
+
+`write` followed by `read` moves (4n + 2) C numbers a token forward. Done together while a tile of tokens is on the
+chip they move (2n + 2) C, and (3n + 3) C backward: X' is built again from X and y, and what arrives at the streams
+from the branch, the norm, the projection and the streams behind is summed before it is stored.
+
+A network is a chain of boundaries: `read` before its first branch, `write` after its last. Streams are flat here,
+(..., n * C): to part n from C is a copy on a TPU, so whoever carries streams through many boundaries carries them flat.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mhc_jax.kernels import stream_boundary as kernels
+from mhc_jax.kernels.choice import Implementation, implemented
+from mhc_jax.streams import norm
+from mhc_jax.streams.config import StreamConfig
+from mhc_jax.streams.connect import reduce, write
+from mhc_jax.streams.constraints import CONSTRAINTS
+from mhc_jax.streams.depth import scan_layers
+from mhc_jax.streams.maps import (
+    Maps,
+    StreamParams,
+    check_implementation,
+    check_params,
+    maps,
+    maps_from_normalized,
+)
+
+
+def boundary(
+    params: StreamParams,
+    streams: Float[Array, "*tokens n C"],
+    output: Float[Array, "*tokens C"],
+    post: Float[Array, "*tokens n"],
+    res: Float[Array, "*tokens n n"],
+    config: StreamConfig,
+    *,
+    implementation: Implementation = None,
+) -> tuple[
+    Float[Array, "*tokens n C"], Float[Array, "*tokens C"], Float[Array, "*tokens n"], Float[Array, "*tokens n n"]
+]:
+    """`write(streams, output, post, res)`, and `read(params, .)` of what that gives.
+
+    Kept for backward: the streams, the output, and the few numbers of the maps.
+
+    Args:
+        params: of the maps of the branch that comes next.
+        streams, output, post, res: as of `write`: what the branch before read, its output and its maps.
+        config: of the maps.
+        implementation: "pallas" for the kernels of `mhc_jax.kernels.stream_boundary`, "xla" or None for what XLA fuses.
+
+    Returns:
+        The streams X', the input x' of the next branch, and its H_post and H_res.
+
+    Raises:
+        ValueError: if the shapes do not fit each other or `params`; "pallas" for a size that the kernels can't do.
+        TypeError: if the streams are not of a floating dtype, or the output has another; "pallas" for float64.
+
+    Source: arXiv 2512.24880, section 4.3.1 fuses parts of it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mhc_jax.streams import StreamConfig, expand, init_params, read
+        >>> config = StreamConfig(4)
+        >>> first, second = (init_params(config, 8, layer) for layer in range(2))
+        >>> streams = expand(jnp.ones((2, 8)), 4)
+        >>> x, post, res = read(first, streams, config)
+        >>> streams, x, post, res = boundary(second, streams, 2 * x, post, res, config)
+        >>> streams.shape, x.shape, post.shape, res.shape
+        ((2, 4, 8), (2, 8), (2, 4), (2, 4, 4))
+    """
+    check_params(params, streams, config)
+    flat = streams.reshape(*streams.shape[:-2], config.streams * streams.shape[-1])
+    flat, x, post, res = flat_boundary(params, flat, output, post, res, config, implementation=implementation)
+    return flat.reshape(streams.shape), x, post, res
+
+
+def flat_boundary(
+    params: StreamParams,
+    streams: Float[Array, "*tokens nC"],
+    output: Float[Array, "*tokens C"],
+    post: Float[Array, "*tokens n"],
+    res: Float[Array, "*tokens n n"],
+    config: StreamConfig,
+    *,
+    implementation: Implementation = None,
+) -> tuple[
+    Float[Array, "*tokens nC"], Float[Array, "*tokens C"], Float[Array, "*tokens n"], Float[Array, "*tokens n n"]
+]:
+    """`boundary` of streams that lie side by side in one axis, (..., n * C), stream 0 first."""
+    lead, n, width = output.shape[:-1], config.streams, output.shape[-1]
+    if streams.shape != (*lead, n * width):
+        raise ValueError(
+            f"the branch must keep the shape of its input: for streams {streams.shape} of {n} that is "
+            f"{(*streams.shape[:-1], streams.shape[-1] // n)}, its output has {output.shape}"
+        )
+    if output.dtype != streams.dtype:
+        raise TypeError(f"the branch must keep the dtype of the streams {streams.dtype}, its output has {output.dtype}")
+    if post.shape != (*lead, n) or res.shape != (*lead, n, n):
+        raise ValueError(
+            f"post and res must have shapes {(*lead, n)} and {(*lead, n, n)}, got {post.shape} and {res.shape}"
+        )
+    check_params(params, _parted(streams, n), config)
+    check_implementation(implementation)
+    return _boundary(params, streams, output, post, res, config, implementation)
+
+
+def _parted(flat: Array, n: int) -> Array:
+    return flat.reshape(*flat.shape[:-1], n, flat.shape[-1] // n)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _boundary(
+    params: StreamParams,
+    flat: Array,
+    output: Array,
+    post: Array,
+    res: Array,
+    config: StreamConfig,
+    implementation: Implementation,
+) -> tuple[Array, Array, Array, Array]:
+    return _forward(params, flat, output, post, res, config, implementation)[0]
+
+
+def _forward(
+    params: StreamParams,
+    flat: Array,
+    output: Array,
+    post: Array,
+    res: Array,
+    config: StreamConfig,
+    implementation: Implementation,
+) -> tuple[tuple[Array, Array, Array, Array], tuple[Any, ...]]:
+    phi, alpha, bias = params
+    if phi is None or alpha is None:
+        static = _static_maps(bias, output, config)
+        new = _mixed(flat, output, post, res)
+        return (new, _collapsed(static.pre, new), static.post, static.res), (params, flat, output, post, res, ())
+    gate = jnp.broadcast_to(alpha[0], config.streams).astype(res.dtype)
+    arguments = flat, output, post, res, phi.astype(res.dtype), gate, bias[: config.streams].astype(res.dtype)
+    form = implemented(implementation, _forward_by_kernel, _forward_by_xla)
+    new, x, raw, inverse_rms = form(*arguments, config=config)
+    # By `jax.vjp`, which puts the forward pass of `sinkhorn` in its place: a Hessian needs derivatives of both modes.
+    maps_of = partial(maps_from_normalized, config=config, implementation=implementation)
+    (_, next_post, next_res), _ = jax.vjp(maps_of, raw * inverse_rms, alpha, bias)
+    return (new, x, next_post, next_res), (params, flat, output, post, res, (raw, inverse_rms))
+
+
+def _backward(
+    config: StreamConfig,
+    implementation: Implementation,
+    saved: tuple[Any, ...],
+    cotangents: tuple[Array, Array, Array, Array],
+) -> tuple[Any, ...]:
+    (phi, alpha, bias), flat, output, post, res, projected = saved
+    d_new, d_input, d_post, d_res = cotangents
+    n, dtype = config.streams, res.dtype
+    if phi is None or alpha is None:
+        static, static_pullback = jax.vjp(partial(_static_maps, output=output, config=config), bias)
+        *gradients, d_pre = _backward_by_xla(flat, output, post, res, static.pre, d_new, d_input)
+        (d_bias,) = static_pullback(Maps(d_pre, d_post, d_res))
+        return StreamParams(None, None, d_bias), *gradients
+
+    raw, inverse_rms = projected
+    normalized, size = raw * inverse_rms, phi.shape[0]
+    # H_post and H_res first: what arrives at H_pre is known only once X' is built again.
+    maps_again = partial(maps_from_normalized, config=config, implementation=implementation)
+    next_maps, pullback = jax.vjp(maps_again, normalized, alpha, bias)
+    d_normalized, d_alpha, d_bias = pullback(Maps(jnp.zeros_like(next_maps.pre), d_post, d_res))
+    own = normalized[..., :n]
+    pre, pre_pullback = jax.vjp(partial(_pre, config), own, alpha[0], bias[:n])
+    slope = pre_pullback(jnp.ones_like(pre))[0] * inverse_rms
+    # Through 1 / rms X' gets radial * (X' / rms). No factor here is the square of a stream, or of 1 / rms.
+    radial = -jnp.sum(d_normalized * normalized, axis=-1, keepdims=True) * inverse_rms / size
+    arguments = flat, output, post, res, pre, d_new, d_input
+    more = phi.astype(dtype), slope, -own / size, d_normalized * inverse_rms, radial, inverse_rms
+    form = implemented(implementation, _backward_by_kernel, _backward_by_xla)
+    *gradients, d_pre, d_phi = form(*arguments, *more)
+    _, d_gate, d_own_bias = pre_pullback(d_pre)
+    d_params = StreamParams(d_phi.astype(phi.dtype), d_alpha.at[0].add(d_gate), d_bias.at[:n].add(d_own_bias))
+    return d_params, *gradients
+
+
+_boundary.defvjp(_forward, _backward)
+
+
+def _static_maps(bias: Array, output: Array, config: StreamConfig) -> Maps:
+    shape = (*output.shape[:-1], config.streams, output.shape[-1])
+    return maps(StreamParams(None, None, bias), jnp.zeros(shape, output.dtype), config)
+
+
+def _pre(config: StreamConfig, normalized: Array, gate: Array, bias: Array) -> Array:
+    """H_pre of its normalized logits."""
+    if CONSTRAINTS[config.constraint].bounded:
+        return jax.nn.sigmoid(gate * normalized + bias) + config.epsilon
+    return gate * jnp.tanh(normalized) + bias
+
+
+def _mixed(flat: Array, output: Array, post: Array, res: Array) -> Array:
+    return write(_parted(flat, post.shape[-1]), output, post, res).reshape(flat.shape)
+
+
+def _collapsed(pre: Array, flat: Array) -> Array:
+    return jnp.einsum("...n,...nc->...c", pre, _parted(flat, pre.shape[-1]).astype(pre.dtype)).astype(flat.dtype)
+
+
+def _forward_by_xla(
+    flat: Array, output: Array, post: Array, res: Array, phi: Array, gate: Array, bias: Array, *, config: StreamConfig
+) -> tuple[Array, Array, Array, Array]:
+    """X', x', vec(X') phi and 1 / rms(vec X')."""
+    new = _mixed(flat, output, post, res)
+    wide = new.astype(res.dtype)
+    raw, inverse_rms = jnp.matmul(wide, phi), norm.inverse_rms(wide, config.norm_epsilon)
+    pre = _pre(config, raw[..., : config.streams] * inverse_rms, gate, bias)
+    return new, _collapsed(pre, new), raw, inverse_rms
+
+
+def _forward_by_kernel(*arguments: Array, config: StreamConfig) -> tuple[Array, Array, Array, Array]:
+    kernel = partial(kernels.forward, pre=partial(_pre, config), norm_epsilon=config.norm_epsilon)
+    return kernels.on_tpu(kernel, partial(_forward_by_xla, config=config), *arguments)
+
+
+def _backward_by_kernel(*arguments: Array) -> tuple[Array, ...]:
+    return kernels.on_tpu(kernels.backward, _backward_by_xla, *arguments)
+
+
+def _backward_by_xla(
+    flat: Array, output: Array, post: Array, res: Array, pre: Array, d_new: Array, d_input: Array, *dynamic: Array
+) -> tuple[Array, ...]:
+    """What arrives at streams, output, post, res and the next H_pre, and at phi if maps are dynamic.
+
+    Arguments are those of `kernels.backward`.
+    """
+    n, dtype = post.shape[-1], res.dtype
+    streams, d_input = _parted(flat, n).astype(dtype), d_input.astype(dtype)
+    new = _mixed(flat, output, post, res).astype(dtype)
+    d_pre = jnp.einsum("...c,...nc->...n", d_input, _parted(new, n))
+    # All that arrives at the new streams, summed before it is rounded.
+    total = _parted(d_new, n).astype(dtype) + pre[..., None] * d_input[..., None, :]
+    d_phi = []
+    if dynamic:
+        phi, slope, pull, d_raw, radial, inverse_rms = dynamic
+        d_own = d_pre * slope
+        d_raw = d_raw.at[..., :n].add(d_own)
+        radial += jnp.sum(d_own * pull, axis=-1, keepdims=True)
+        total += _parted(jnp.matmul(d_raw, phi.T) + radial * (new * inverse_rms), n)
+        tokens = tuple(range(d_raw.ndim - 1))
+        # Transposed on the way: the tall result (nC, m) directly is the slow side of a CPU's matrix product.
+        d_phi = [jnp.tensordot(d_raw, new, (tokens, tokens)).T]
+    d_streams = jnp.zeros_like(total)
+    for i in range(n):
+        d_streams += res[..., i, :, None] * total[..., i, None, :]
+    d_output = jnp.einsum("...n,...nc->...c", post, total)
+    d_post = jnp.einsum("...nc,...c->...n", total, output.astype(dtype))
+    d_res = jnp.einsum("...ic,...jc->...ij", total, streams)
+    d_flat = d_streams.reshape(flat.shape).astype(flat.dtype)
+    return d_flat, d_output.astype(output.dtype), d_post, d_res, d_pre, *d_phi
+
+
+class Connected(NamedTuple):
+    """A branch and its connection to the streams."""
+
+    branch: Callable[[Array], Array]
+    params: StreamParams
+    config: StreamConfig
+    implementation: Implementation = None
+
+
+def apply_branches(
+    layer: Callable[[Any], Sequence[Connected]],
+    params: Any,
+    x: Float[Array, "*tokens C"],
+    streams: int,
+    *,
+    block_length: int = 1,
+) -> Float[Array, "*tokens C"]:
+    """A network of equal layers on n streams, as a scan over boundaries.
+
+    Expands x, runs the branches of every layer one after another, and takes the mean of the streams: what
+    `apply_layers` does of layers that `wrap`. The scan carries flat streams, a branch's output and its maps, so that
+    nothing reads what the step before has just written.
+
+    Args:
+        layer: from the parameters of one layer, its branches in their order. A branch keeps the shape and dtype of x.
+        params: a pytree whose leaves have a leading axis of length L, the depth.
+        streams: n, as in the configs of all branches.
+        block_length: as of `apply_layers`: of how many layers the streams are kept once.
+
+    Raises:
+        ValueError: if block_length does not divide L; as `boundary`.
+        TypeError: as `boundary`.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from mhc_jax.streams import StreamConfig, init_params
+        >>> config = StreamConfig(4)
+        >>> maps = jax.vmap(lambda layer: init_params(config, 8, layer))(jnp.arange(6))
+        >>> def layer(params):
+        ...     maps, kernel = params
+        ...     return [Connected(lambda x: x @ kernel, maps, config)]
+        >>> apply_branches(layer, (maps, jnp.ones((6, 8, 8))), jnp.ones((2, 8)), 4).shape
+        (2, 8)
+    """
+    lead, width, dtype = x.shape[:-1], x.shape[-1], jnp.promote_types(x.dtype, jnp.float32)
+    # The first boundary passes the streams on: H_res is 1, and no branch has written.
+    first: tuple[Array, ...] = (
+        jnp.concatenate([x] * streams, axis=-1),
+        jnp.zeros_like(x),
+        jnp.zeros((*lead, streams), dtype),
+        jnp.broadcast_to(jnp.eye(streams, dtype=dtype), (*lead, streams, streams)),
+    )
+
+    def step(params: Any, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        flat, output, post, res = carry
+        for connected in layer(params):
+            _, maps_params, config, implementation = connected
+            flat, h, post, res = flat_boundary(
+                maps_params, flat, output, post, res, config, implementation=implementation
+            )
+            output = connected.branch(h)
+        return flat, output, post, res
+
+    wide = (*lead, streams * width), (*lead, streams, width)
+    flat, output, post, res = scan_layers(step, params, first, block_length, wide, source=layer)
+    return reduce(_parted(_mixed(flat, output, post, res), streams))
