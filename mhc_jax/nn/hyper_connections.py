@@ -128,7 +128,8 @@ class StreamStack(nnx.Module):
         make_layer: makes one layer, (rngs, index) -> module, of `HyperConnections`: it maps streams to streams. The
             index is traced; its variables are parameters only.
         depth: number of layers L.
-        streams: number n of streams.
+        streams: number n of streams, 4 by default.
+        config: of the layers, in place of `streams`.
         block_length: of how many layers the streams are kept once for the backward pass; see `streams.apply_layers`.
         rngs: for the layers.
 
@@ -136,8 +137,8 @@ class StreamStack(nnx.Module):
         layers: one module of the layer's type, whose parameters have a leading axis of length L.
 
     Raises:
-        ValueError: depth is below 1.
-        TypeError: a layer holds variables that are not parameters.
+        ValueError: depth is below 1; as StreamConfig.
+        TypeError: a layer holds variables that are not parameters; as StreamConfig.
 
     Example:
         >>> import jax.numpy as jnp
@@ -154,14 +155,15 @@ class StreamStack(nnx.Module):
         self,
         make_layer: Callable[[nnx.Rngs, Array], nnx.Module],
         depth: int,
-        streams: int = 4,
+        streams: int | None = None,
         *,
+        config: StreamConfig | None = None,
         block_length: int = 1,
         rngs: nnx.Rngs,
     ) -> None:
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
-        self.streams = streams
+        self.streams = resolve(DEFAULTS, config, streams=streams).streams
         self.block_length = block_length
         self.layers = nnx.vmap(make_layer)(rngs.split(depth), jnp.arange(depth))
         others = nnx.state(self.layers, nnx.Not(nnx.Param))

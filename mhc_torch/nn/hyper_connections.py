@@ -137,12 +137,23 @@ class StreamHead(nn.Module):
 
 
 class StreamStack(nn.Module):
-    """A network of n streams: expands its input, runs layers of `HyperConnections` in turn, and takes the mean."""
+    """A network of n streams: expands its input, runs layers of `HyperConnections` in turn, and takes the mean.
 
-    def __init__(self, layers: Iterable[nn.Module], streams: int = 4) -> None:
+    Args:
+        layers: map streams to streams.
+        streams: number n of streams, 4 by default.
+        config: of the layers, in place of `streams`.
+
+    Raises:
+        TypeError, ValueError: as StreamConfig.
+    """
+
+    def __init__(
+        self, layers: Iterable[nn.Module], streams: int | None = None, *, config: StreamConfig | None = None
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.streams = streams
+        self.streams = resolve(DEFAULTS, config, streams=streams).streams
 
     def residual_maps(self) -> Float[Tensor, "L n n"]:
         """H_res at rest of every branch in turn; float64."""

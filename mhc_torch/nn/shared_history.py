@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mhc_torch.history.config import MHCConfig
 from mhc_torch.history.width_map import HistoryProjection
 from mhc_torch.history.window import HistoryBuffer
 from mhc_torch.nn.skip import MHCSkip
@@ -32,8 +33,10 @@ class SharedHistory(HistoryBuffer):
     they are the buffer's own, as in every HistoryBuffer.
     """
 
-    def __init__(self, max_history: int = 4, detach_history: bool = False) -> None:
-        super().__init__(max_history, detach_history)
+    def __init__(
+        self, max_history: int | None = None, detach_history: bool | None = None, *, config: MHCConfig | None = None
+    ) -> None:
+        super().__init__(max_history, detach_history, config=config)
         self._running = _Running()
 
     def begin(self, keep: bool) -> None:
