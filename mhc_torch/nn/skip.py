@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mhc_torch.history.config import MHCConfig, resolve_config
 from mhc_torch.history.mixing import check_window, mix
 from mhc_torch.history.tape import Tape
-from mhc_torch.history.width_map import HistoryProjection
+from mhc_torch.history.width_map import WidthMap
 from mhc_torch.nn.compatible import mhc_compatible
 from mhc_torch.options import check_change, settable
 
@@ -71,7 +71,7 @@ class MHCSkip(nn.Module):
         self.mixing_logits = nn.Parameter(torch.empty(self.max_history), requires_grad=mixes)
         if self.use_gating:
             self.gate_logit = nn.Parameter(torch.empty(()), requires_grad=mixes)
-        self.projection = HistoryProjection() if self.config.auto_project else None
+        self.projection = WidthMap() if self.config.auto_project else None
         self.reset_parameters()
 
     @property
