@@ -97,10 +97,17 @@ class StreamHead(nnx.Module):
 
     Starts as the mean of the streams.
 
+    Args:
+        width: features C of one stream.
+        config: all options in one value; keywords, the fields of `StreamConfig`, change single ones.
+
     Attributes:
         phi: (n * width, n) parameter.
         alpha: (1,) parameter.
         bias: (n,) parameter.
+
+    Raises:
+        TypeError, ValueError: as StreamConfig; width is below 1.
 
     Example:
         >>> import jax.numpy as jnp

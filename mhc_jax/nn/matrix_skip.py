@@ -107,7 +107,7 @@ class MatrixMHCSkip(nnx.Module):
         states = list(history[-self.max_history :])
         for state in states:
             if state.shape != x.shape:
-                raise ValueError(f"history has a state of shape {state.shape}, and the branch gave {x.shape}")
+                raise ValueError(f"history has a state of shape {state.shape}, x has {x.shape}")
         return mix(x, states, self.mixing_weights(len(states))) if states else x
 
     def figures(self, grads: nnx.State) -> dict[str, Array]:

@@ -204,13 +204,13 @@ class MHCSkip(nnx.Module):
             return state
         if not self.config.auto_project:
             raise ValueError(
-                f"history has a state of shape {state.shape}, and the branch gave {x.shape}: they must agree "
-                "(auto_project=True maps the last axis)"
+                f"history has a state of shape {state.shape}, x has {x.shape}; "
+                "set auto_project=True to map the width of past states"
             )
         projection = self.projection
         if state.shape != (*x.shape[:-1], projection.in_features) or x.shape[-1] != projection.out_features:
             raise ValueError(
-                f"history has a state of shape {state.shape}, and the branch gave {x.shape}: auto_project maps the "
+                f"history has a state of shape {state.shape}, x has {x.shape}: auto_project maps the "
                 f"last axis, from {projection.in_features} to {projection.out_features}"
             )
         return projection(state)

@@ -26,6 +26,11 @@ from mhc_torch.streams import (
 from mhc_torch.streams.config import DEFAULTS
 
 
+def _check_width(width: int) -> None:
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+
+
 class HyperConnections(nn.Module):
     """X -> H_res X + H_post^T branch(H_pre X) on streams X of shape (..., n, width).
 
@@ -58,8 +63,7 @@ class HyperConnections(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
+        _check_width(width)
         self.config = resolve(DEFAULTS, config, **options)
         self.layer_index = layer_index
         self.branch = branch
@@ -114,14 +118,22 @@ class StreamHead(nn.Module):
 
     Starts as the mean of the streams.
 
+    Args:
+        width: features C of one stream.
+        config: all options in one value; keywords, the fields of `StreamConfig`, change single ones.
+
     Attributes:
         phi: (n * width, n) parameter.
         alpha: (1,) parameter.
         bias: (n,) parameter.
+
+    Raises:
+        TypeError, ValueError: as StreamConfig; width is below 1.
     """
 
     def __init__(self, width: int, *, config: StreamConfig | None = None, **options: Any) -> None:
         super().__init__()
+        _check_width(width)
         self.config = resolve(DEFAULTS, config, **options)
         n = self.config.streams
         self.phi = nn.Parameter(torch.zeros(n * width, n))
