@@ -137,7 +137,7 @@ class StreamStack(nnx.Module):
         depth: number of layers L.
         streams: number n of streams, 4 by default.
         config: of the layers, in place of `streams`.
-        block_length: of how many layers the streams are kept once for the backward pass; see `streams.apply_layers`.
+        block_length: of how many layers the streams are kept once for the backward pass; see `streams.scan_layers`.
         rngs: for the layers.
 
     Attributes:
@@ -179,7 +179,7 @@ class StreamStack(nnx.Module):
 
     def __call__(self, x: Float[Array, "*tokens C"]) -> Float[Array, "*tokens C"]:
         graphdef, params = nnx.split(self.layers)
-        wide = functional.apply_layers(
+        wide = functional.scan_layers(
             Merged(graphdef),
             params,
             functional.expand(x, self.streams),

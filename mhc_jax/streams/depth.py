@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from mhc_jax.traced import Traced, trace
 
 
-def apply_layers(
+def scan_layers(
     layer: Callable[[Any, Array], Array],
     params: Any,
     streams: Float[Array, "*tokens n C"],
