@@ -1,7 +1,7 @@
 """Manifold-constrained hyper-connections in JAX: pure functions first, Flax NNX modules as a thin skin on them."""
 
 from mhc_jax.history import History, apply_layers, apply_layers_reference, mix, mixing_weights
-from mhc_jax.history.config import MHCConfig
+from mhc_jax.history.config import MatrixConfig, MHCConfig
 from mhc_jax.projections import (
     project_doubly_stochastic,
     project_identity_preserving,
@@ -12,6 +12,7 @@ from mhc_jax.projections import (
 __all__ = [
     "History",
     "MHCConfig",
+    "MatrixConfig",
     "apply_layers",
     "apply_layers_reference",
     "mix",

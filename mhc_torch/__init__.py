@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_torch import utils
 from mhc_torch.history.config import (
+    MatrixConfig,
     MHCConfig,
     get_default_config,
     load_config_from_toml,
@@ -74,6 +75,7 @@ __all__ = [
     "MHCLightningCallback",
     "MHCSequential",
     "MHCSkip",
+    "MatrixConfig",
     "MatrixMHCSkip",
     "StreamHead",
     "StreamStack",

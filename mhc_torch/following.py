@@ -17,6 +17,20 @@ def followed(x: Tensor) -> bool:
     return _private.transforms_are_active() or _private.dual_numbers_exist() or _private.holds_tensors(x)
 
 
+def transformed() -> bool:
+    """Whether a compiler, a tracer, a mode, a transform of torch.func or a dual number follows each operation.
+
+    They find out by themselves what a node of ours would tell the backward pass, and cannot look into it.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or _private.transforms_are_active()
+        or _private.count_modes() > 0
+        or _private.is_tracing()
+        or _private.dual_numbers_exist()
+    )
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     """Autocast is off; for devices that do not know it ("meta") it always is."""
     device = x.device.type

@@ -45,6 +45,7 @@ def inject_mhc(
     *,
     preserve_function: bool = False,
     model: nn.Module | None = None,
+    config: MHCConfig | None = None,
     **mhc_kwargs: Any,
 ) -> nn.Module:
     """Add mixed history to the output of every targeted module of a model: y becomes y + sum_k alpha_k x_k.
@@ -69,7 +70,8 @@ def inject_mhc(
         history_scope: "global", one history for all targets, or "module", one for each: a target that is called once
             in a forward then only ever sees its own input, with weight 1.
         preserve_function: start as the same function as before, see InjectedSkip.
-        **mhc_kwargs: settings of MHCConfig, as mode, constraint, or detach_history.
+        config: all options in one value, by default `get_default_config()`; the arguments change single ones.
+        **mhc_kwargs: further fields of MHCConfig, as mode, constraint, or detach_history.
 
     Returns:
         The same model, with a method `clear_history()`.
@@ -87,6 +89,7 @@ def inject_mhc(
     if not types and target_class_name is None:
         raise ValueError("give target_types, target_class_name or both")
     config = resolve_config(
+        config,
         max_history=max_history,
         clear_history_each_forward=clear_on_forward,
         history_scope=history_scope,
@@ -100,7 +103,7 @@ def inject_mhc(
     fresh = [target for target in targets if not hasattr(target, "mhc_skip")]
     if any(isinstance(target, nn.Sequential) for target in fresh):
         raise ValueError("an nn.Sequential would call its skip as one more layer; target a class of your own instead")
-    histories = [SharedHistory(config.max_history, config.detach_history) for _ in fresh]
+    histories = [SharedHistory(config=config) for _ in fresh]
     if config.history_scope == "global":
         histories = histories[:1] * len(fresh)
     for target, history in zip(fresh, histories, strict=True):
@@ -121,7 +124,7 @@ def inject_mhc_default(
     model: nn.Module | None = None,
     **mhc_kwargs: Any,
 ) -> nn.Module:
-    """inject_mhc into every Linear, Conv2d and LayerNorm."""
+    """inject_mhc, whose arguments it takes, into every Linear, Conv2d and LayerNorm."""
     return inject_mhc(
         module,
         target_types=(nn.Linear, nn.Conv2d, nn.LayerNorm),

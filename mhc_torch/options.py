@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 Config = TypeVar("Config")
 
 
-def resolve(default: Config, config: Config | None, /, **fields: Any) -> Config:
+def resolve(default: Config, config: object, /, **fields: Any) -> Config:
     """`config`, or `default` where it is None, with those of `fields` that are not None in place of its own.
 
     Raises:
@@ -15,12 +15,39 @@ def resolve(default: Config, config: Config | None, /, **fields: Any) -> Config:
         ValueError: as that class.
     """
     kind: Any = type(default)
-    config = default if config is None else config
-    if not isinstance(config, kind):
+    given: Any = default if config is None else config
+    if not isinstance(given, kind):
         raise TypeError(f"config must be of type {kind.__name__}, got {config!r}")
     refuse_unknown(kind, fields)
     changes = {name: value for name, value in fields.items() if value is not None}
-    return dataclasses.replace(config, **changes) if changes else config
+    return dataclasses.replace(given, **changes) if changes else given
+
+
+def settable(name: str) -> Any:
+    """A property: the field `name` of the owner's `config`, which setting it replaces."""
+
+    def change(owner: Any, value: Any) -> None:
+        owner.config = dataclasses.replace(owner.config, **{name: value})
+
+    return property(lambda owner: getattr(owner.config, name), change)
+
+
+def check_change(owner: str, before: Config | None, after: Config, fixed: Collection[str]) -> None:
+    """`after` may take the place of `before`: those options are the same that parameters were made for.
+
+    Raises:
+        TypeError: `after` is of another class.
+        ValueError: one of `fixed` differs.
+    """
+    if before is None:
+        return
+    resolve(before, after)
+    for name in fixed:
+        if getattr(before, name) != getattr(after, name):
+            raise ValueError(
+                f"config.{name} must stay {getattr(before, name)!r}, for which the parameters of this {owner} were "
+                f"made; got {getattr(after, name)!r}: make a new {owner}"
+            )
 
 
 def refuse_unknown(kind: Any, fields: Collection[str], where: str = "") -> None:

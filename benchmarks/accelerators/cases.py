@@ -138,7 +138,7 @@ def layers(n: int, width: int, implementation: streams.Implementation, scale: fl
     layer = streams.wrap(jax.lax.optimization_barrier, config, implementation=implementation)
 
     def derivatives(params: Any, x: jax.Array, cotangent: jax.Array) -> Any:
-        return jax.vjp(partial(streams.apply_layers, layer), params, x)[1](cotangent)
+        return jax.vjp(partial(streams.scan_layers, layer), params, x)[1](cotangent)
 
     return Program(derivatives, (params, _tokens(n, width), _tokens(n, width)))
 

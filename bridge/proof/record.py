@@ -88,7 +88,7 @@ def skip_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     history = given["history"]
     if isinstance(history, History):
         history = list(history.window)[-int(history.count) :]
-    window = module.config.max_history if isinstance(module, mhc_jax.nn.MHCSkip) else module.max_history
+    window = module.max_history
     return (given["x"], list(history[-window:])), {}
 
 

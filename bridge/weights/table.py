@@ -11,7 +11,7 @@ import mhc_jax.nn as jax_mhc
 import mhc_torch as torch_mhc
 from bridge.weights.rules import Child, Leaf, Setting, register
 from mhc_jax.nn import hyper_connections as jax_streams
-from mhc_torch.history.width_map import HistoryProjection
+from mhc_torch.history.width_map import WidthMap
 from mhc_torch.nn import hyper_connections as torch_streams
 
 
@@ -103,7 +103,7 @@ def _options(module: Any) -> dict[str, Any]:
     return asdict(module.config)
 
 
-def _projection(_: nnx.Linear, module: HistoryProjection) -> tuple[Leaf, ...]:
+def _width_map(_: nnx.Linear, module: WidthMap) -> tuple[Leaf, ...]:
     return (Leaf("kernel", "weight", "in out -> out in () ()" if module.weight.ndim == 4 else "in out -> out in"),)
 
 
@@ -113,7 +113,7 @@ _STREAMS = Setting("streams", _options, _options)
 _STACK_MIXING = Setting("mixing", _mixing, lambda module: _mixing(module.skip_layers[0]))
 
 register(jax_mhc.MHCSkip, torch_mhc.MHCSkip, settings=(_MIXING,))
-register(nnx.Linear, HistoryProjection, by=_projection)
+register(nnx.Linear, WidthMap, by=_width_map)
 register(
     jax_mhc.MatrixMHCSkip,
     torch_mhc.MatrixMHCSkip,

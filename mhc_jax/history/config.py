@@ -1,4 +1,4 @@
-"""The options of history mixing, in one hashable value."""
+"""The options of history mixing, each kind in one hashable value."""
 
 import dataclasses
 
@@ -69,3 +69,32 @@ class MHCConfig:
 
 DEFAULTS = MHCConfig()
 """What functions use when they are given no config."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixConfig:
+    """What a skip is that mixes by a matrix.
+
+    Attributes:
+        max_history: Window size H, at least 1.
+        doubly_stochastic: Project to doubly stochastic matrices by Sinkhorn-Knopp; else softmax over each row.
+        iterations: Sinkhorn iterations, at least 1.
+
+    Raises:
+        TypeError: On construction, for a value of the wrong type.
+        ValueError: On construction, for a value outside these ranges.
+    """
+
+    max_history: int = 4
+    doubly_stochastic: bool = True
+    iterations: int = 10
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("max_history", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+MATRIX_DEFAULTS = MatrixConfig()
+"""What a MatrixMHCSkip uses for the options that it is not given."""

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mhc_jax.history.config import DEFAULTS as HISTORY_DEFAULTS
 from mhc_jax.history.config import MHCConfig
 from mhc_jax.nn.hyper_connections import HyperConnections, StreamStack
 from mhc_jax.nn.stack import MHCStack
 from mhc_jax.options import resolve
 from mhc_jax.streams import Connected, StreamConfig
-from mhc_jax.streams.config import DEFAULTS
+from mhc_jax.streams.config import DEFAULTS as STREAM_DEFAULTS
 
 Connection = Literal["residual", "history", "streams"]
 
@@ -142,9 +143,8 @@ class MHCTransformer(nnx.Module):
         connection: `"history"` mixes the last `max_history` states into every layer, `"residual"` adds only the latest,
             `"streams"` carries n residual streams (`HyperConnections`).
         dtype: of the computation and the states; None is that of the parameters, which are float32 as the logits are.
-        max_history: window H, 4 by default.
-        config: all options of the connection in one value; or give them as keywords: the fields of `MHCConfig`
-            ("history") or of `StreamConfig` ("streams").
+        config: all options of the connection in one value, an `MHCConfig` ("history") or `StreamConfig` ("streams");
+            keywords, its fields, change single ones.
         rngs: for the parameters, and for the noise of `stochastic`.
 
     Attributes:
@@ -153,7 +153,7 @@ class MHCTransformer(nnx.Module):
         norm: the last `nnx.RMSNorm`.
 
     Raises:
-        ValueError: an option is out of range, or belongs to another connection.
+        TypeError, ValueError: as those configurations; an option belongs to another connection.
 
     Example:
         >>> import jax.numpy as jnp
@@ -174,13 +174,10 @@ class MHCTransformer(nnx.Module):
         max_length: int,
         connection: Connection = "history",
         dtype: Any = None,
-        max_history: int | None = None,
         config: MHCConfig | StreamConfig | None = None,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
-        if max_history is not None:
-            options["max_history"] = max_history
         if features % num_heads:
             raise ValueError(f"features must be a multiple of num_heads={num_heads}, got {features}")
         self.max_length = max_length
@@ -199,14 +196,11 @@ class MHCTransformer(nnx.Module):
                 raise ValueError(f"connection: 'residual' has no options, got {config or sorted(options)}")
             self.stack = MHCStack(make_layer, depth, max_history=1, mode="residual", rngs=rngs)
         elif connection == "history":
-            if isinstance(config, StreamConfig):
-                raise ValueError(f"connection: 'history' takes an MHCConfig, got {config}")
-            self.stack = MHCStack(make_layer, depth, config=config, rngs=rngs, **options)
+            history = resolve(HISTORY_DEFAULTS, config, **options)
+            self.stack = MHCStack(make_layer, depth, config=history, rngs=rngs)
         elif connection == "streams":
-            if isinstance(config, MHCConfig):
-                raise ValueError(f"connection: 'streams' takes a StreamConfig, got {config}")
-            streams = resolve(DEFAULTS, config, **options)
-            self.stack = StreamStack(make_stream_layer, depth, streams.streams, rngs=rngs)
+            streams = resolve(STREAM_DEFAULTS, config, **options)
+            self.stack = StreamStack(make_stream_layer, depth, config=streams, rngs=rngs)
         else:
             raise ValueError(f"connection must be one of {get_args(Connection)}, got {connection!r}")
         self.norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)

@@ -102,10 +102,17 @@ class StreamHead(nnx.Module):
 
     Starts as the mean of the streams.
 
+    Args:
+        width: features C of one stream.
+        config: all options in one value; keywords, the fields of `StreamConfig`, change single ones.
+
     Attributes:
         phi: (n * width, n) parameter.
         alpha: (1,) parameter.
         bias: (n,) parameter.
+
+    Raises:
+        TypeError, ValueError: as StreamConfig; width is below 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -134,16 +141,17 @@ class StreamStack(nnx.Module):
             index is traced; its variables are parameters only. Where a layer is nothing but a chain of them, and says
             so by a method `connected`, as they do, the write of one and the read of the next are one `boundary`.
         depth: number of layers L.
-        streams: number n of streams.
-        block_length: of how many layers the streams are kept once for the backward pass; see `streams.apply_layers`.
+        streams: number n of streams, 4 by default.
+        config: of the layers, in place of `streams`.
+        block_length: of how many layers the streams are kept once for the backward pass; see `streams.scan_layers`.
         rngs: for the layers.
 
     Attributes:
         layers: one module of the layer's type, whose parameters have a leading axis of length L.
 
     Raises:
-        ValueError: depth is below 1.
-        TypeError: a layer holds variables that are not parameters.
+        ValueError: depth is below 1; as StreamConfig.
+        TypeError: a layer holds variables that are not parameters; as StreamConfig.
 
     Example:
         >>> import jax.numpy as jnp
@@ -160,14 +168,15 @@ class StreamStack(nnx.Module):
         self,
         make_layer: Callable[[nnx.Rngs, Array], nnx.Module],
         depth: int,
-        streams: int = 4,
+        streams: int | None = None,
         *,
+        config: StreamConfig | None = None,
         block_length: int = 1,
         rngs: nnx.Rngs,
     ) -> None:
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
-        self.streams = streams
+        self.streams = resolve(DEFAULTS, config, streams=streams).streams
         self.block_length = block_length
         self.layers = nnx.vmap(make_layer)(rngs.split(depth), jnp.arange(depth))
         others = nnx.state(self.layers, nnx.Not(nnx.Param))
@@ -180,7 +189,7 @@ class StreamStack(nnx.Module):
             return functional.apply_branches(
                 _Branches(graphdef), params, x, self.streams, block_length=self.block_length
             )
-        wide = functional.apply_layers(
+        wide = functional.scan_layers(
             Merged(graphdef),
             params,
             functional.expand(x, self.streams),

@@ -11,9 +11,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mhc_jax.history import History, mix
+from mhc_jax.history.config import MATRIX_DEFAULTS, MatrixConfig
 from mhc_jax.monitoring.connection import Shown, show_history
 from mhc_jax.monitoring.figures import history_figures, sum_errors
 from mhc_jax.nn.skip import window_of
+from mhc_jax.options import check_change, resolve, settable
 from mhc_jax.projections import project_doubly_stochastic, project_simplex
 
 
@@ -23,16 +25,18 @@ class MatrixMHCSkip(nnx.Module):
     The skip takes the row of the latest state; under `doubly_stochastic` the other rows shape it through the columns.
 
     Args:
-        max_history: window H.
-        doubly_stochastic: project to doubly stochastic matrices by Sinkhorn-Knopp; else softmax over each row.
-        iterations: Sinkhorn iterations.
+        max_history: window H, 4 by default.
+        doubly_stochastic: project to doubly stochastic matrices by Sinkhorn-Knopp (default), else softmax each row.
+        iterations: Sinkhorn iterations, 10 by default.
+        config: all of them in one value; the arguments change single ones.
         rngs: stream `params`, for the initial logits.
 
     Attributes:
         mixing_logits: (max_history, max_history) parameter, the latest state last in both axes; starts at N(0, 0.01²).
+        config: the options, read-only. `iterations` and `doubly_stochastic` can be set: `skip.iterations = 20`.
 
     Raises:
-        ValueError: max_history or iterations is below 1.
+        TypeError, ValueError: as MatrixConfig; on setting an option too, and for max_history, which has its logits.
 
     Example:
         >>> import jax.numpy as jnp
@@ -46,15 +50,31 @@ class MatrixMHCSkip(nnx.Module):
     """
 
     def __init__(
-        self, max_history: int = 4, doubly_stochastic: bool = True, iterations: int = 10, *, rngs: nnx.Rngs
+        self,
+        max_history: int | None = None,
+        doubly_stochastic: bool | None = None,
+        iterations: int | None = None,
+        *,
+        config: MatrixConfig | None = None,
+        rngs: nnx.Rngs,
     ) -> None:
-        for name, value in (("max_history", max_history), ("iterations", iterations)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}")
-        self.max_history = max_history
-        self.doubly_stochastic = doubly_stochastic
-        self.iterations = iterations
-        self.mixing_logits = nnx.Param(0.01 * jax.random.normal(rngs.params(), (max_history, max_history)))
+        options = {"max_history": max_history, "doubly_stochastic": doubly_stochastic, "iterations": iterations}
+        self.config = resolve(MATRIX_DEFAULTS, config, **options)
+        shape = (self.max_history, self.max_history)
+        self.mixing_logits = nnx.Param(0.01 * jax.random.normal(rngs.params(), shape))
+
+    @property
+    def config(self) -> MatrixConfig:
+        return self._config
+
+    @config.setter
+    def config(self, config: MatrixConfig) -> None:
+        check_change("MatrixMHCSkip", getattr(self, "_config", None), config, ("max_history",))
+        self._config = config
+
+    max_history = settable("max_history")
+    doubly_stochastic = settable("doubly_stochastic")
+    iterations = settable("iterations")
 
     def mixing_matrix(self, k: int | None = None) -> Float[Array, "k k"]:
         """The projected matrix of `k` live states (default: a full window).
@@ -87,7 +107,7 @@ class MatrixMHCSkip(nnx.Module):
         states = list(history[-self.max_history :])
         for state in states:
             if state.shape != x.shape:
-                raise ValueError(f"history has a state of shape {state.shape}, and the branch gave {x.shape}")
+                raise ValueError(f"history has a state of shape {state.shape}, x has {x.shape}")
         return mix(x, states, self.mixing_weights(len(states))) if states else x
 
     def figures(self, grads: nnx.State) -> dict[str, Array]:

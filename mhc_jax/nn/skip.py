@@ -15,7 +15,7 @@ from mhc_jax.history import History, mix, mixing_weights
 from mhc_jax.history.config import DEFAULTS, MHCConfig
 from mhc_jax.monitoring.connection import Shown, show_history
 from mhc_jax.monitoring.figures import history_figures
-from mhc_jax.options import resolve
+from mhc_jax.options import check_change, resolve, settable
 
 GATE_INIT = 2.0
 
@@ -69,9 +69,13 @@ class MHCSkip(nnx.Module):
         gate_logit: () parameter, only with use_gating; starts at 2.
         projection: `nnx.Linear` without bias, only with auto_project.
         deterministic: no noise is drawn; set by `model.eval()` and `model.train()`.
+        config: the options, read-only. Single ones can be set: `skip.temperature = 0.5`, and so mode, constraint,
+            epsilon, prune_threshold, detach_history and stochastic; they are checked as at construction.
+            A compiled function is then compiled anew.
 
     Raises:
-        ValueError: an option is out of range, or one that the others need is missing.
+        TypeError, ValueError: as MHCConfig, or what an option needs is missing; on setting an option too, and for one
+            that parameters were made for.
 
     Example:
         >>> import jax.numpy as jnp
@@ -107,6 +111,29 @@ class MHCSkip(nnx.Module):
                 raise ValueError("stochastic needs rngs, for its noise")
             self.rngs = rngs.mixing.fork()
         self.deterministic = False
+
+    @property
+    def config(self) -> MHCConfig:
+        return self._config
+
+    @config.setter
+    def config(self, config: MHCConfig) -> None:
+        before = getattr(self, "_config", None)
+        check_change("MHCSkip", before, config, ("max_history", "auto_project", "use_gating"))
+        if before is not None and config.stochastic and not hasattr(self, "rngs"):
+            raise ValueError("stochastic needs rngs, for its noise; make a new MHCSkip with it")
+        self._config = config
+
+    mode = settable("mode")
+    max_history = settable("max_history")
+    constraint = settable("constraint")
+    epsilon = settable("epsilon")
+    temperature = settable("temperature")
+    detach_history = settable("detach_history")
+    auto_project = settable("auto_project")
+    use_gating = settable("use_gating")
+    prune_threshold = settable("prune_threshold")
+    stochastic = settable("stochastic")
 
     def mixing_weights(self, k: int | None = None, *, gated: bool = False) -> Float[Array, "k"]:
         """The weights of `k` live states (default: a full window), the latest last.
@@ -177,13 +204,13 @@ class MHCSkip(nnx.Module):
             return state
         if not self.config.auto_project:
             raise ValueError(
-                f"history has a state of shape {state.shape}, and the branch gave {x.shape}: they must agree "
-                "(auto_project=True maps the last axis)"
+                f"history has a state of shape {state.shape}, x has {x.shape}; "
+                "set auto_project=True to map the width of past states"
             )
         projection = self.projection
         if state.shape != (*x.shape[:-1], projection.in_features) or x.shape[-1] != projection.out_features:
             raise ValueError(
-                f"history has a state of shape {state.shape}, and the branch gave {x.shape}: auto_project maps the "
+                f"history has a state of shape {state.shape}, x has {x.shape}: auto_project maps the "
                 f"last axis, from {projection.in_features} to {projection.out_features}"
             )
         return projection(state)

@@ -104,7 +104,7 @@ class MHCStack(nnx.Module):
         """
         graphdef, params = nnx.graphdef(self.layers), nnx.state(self.layers, nnx.Param)
         kind = type(self.layers).__name__
-        streams: Any = self._draw_streams()
+        random: Any = self._draw_random_streams()
         with noted(f"in the layers of MHCStack ({kind})"):
             return apply_layers(
                 Merged(graphdef),
@@ -113,7 +113,7 @@ class MHCStack(nnx.Module):
                 self.mixing_logits[...],
                 self.config,
                 gate_logits=self.gate_logit[...] if self.config.use_gating else None,
-                keys=streams,
+                keys=random,
                 mixing_key=self.rngs() if self.config.stochastic and not self.deterministic else None,
                 policy=self.policy,
             )
@@ -150,10 +150,10 @@ class MHCStack(nnx.Module):
                 skip.gate_logit.set_value(self.gate_logit[layer])
         return chain
 
-    def _draw_streams(self) -> nnx.State:
+    def _draw_random_streams(self) -> nnx.State:
         """The `nnx.State` of the layers' random streams, each at a place where no other call has drawn or will."""
         drawn = nnx.merge(*nnx.split(self.layers), copy=True)
-        for mine, theirs in zip(_streams(self.layers), _streams(drawn), strict=True):
+        for mine, theirs in zip(_random_streams(self.layers), _random_streams(drawn), strict=True):
             theirs.key[...] = jax.vmap(jax.random.fold_in)(mine.key[...], mine.count[...])
             theirs.count[...] = jnp.zeros_like(mine.count[...])
             if not self.deterministic:
@@ -161,5 +161,5 @@ class MHCStack(nnx.Module):
         return nnx.state(drawn, nnx.RngState)
 
 
-def _streams(module: nnx.Module) -> list[nnx.RngStream]:
+def _random_streams(module: nnx.Module) -> list[nnx.RngStream]:
     return [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.RngStream)]

@@ -19,7 +19,7 @@ from mhc_jax.streams.boundary import Connected, apply_branches, boundary, flat_b
 from mhc_jax.streams.config import MAX_STREAMS, StreamConfig
 from mhc_jax.streams.connect import expand, head, read, reduce, wrap, write
 from mhc_jax.streams.conventions import from_deepseek_v4
-from mhc_jax.streams.depth import apply_layers, optimal_block_length
+from mhc_jax.streams.depth import optimal_block_length, scan_layers
 from mhc_jax.streams.maps import HeadParams, Maps, StreamParams, init_head_params, init_params, maps
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "StreamConfig",
     "StreamParams",
     "apply_branches",
-    "apply_layers",
     "boundary",
     "expand",
     "flat_boundary",
@@ -43,6 +42,7 @@ __all__ = [
     "optimal_block_length",
     "read",
     "reduce",
+    "scan_layers",
     "wrap",
     "write",
 ]

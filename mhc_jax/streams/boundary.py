@@ -26,7 +26,7 @@ from mhc_jax.streams import norm
 from mhc_jax.streams.config import StreamConfig
 from mhc_jax.streams.connect import reduce, write
 from mhc_jax.streams.constraints import CONSTRAINTS
-from mhc_jax.streams.depth import scan_layers
+from mhc_jax.streams.depth import scan_any
 from mhc_jax.streams.maps import (
     Maps,
     StreamParams,
@@ -287,14 +287,14 @@ def apply_branches(
     """A network of equal layers on n streams, as a scan over boundaries.
 
     Expands x, runs the branches of every layer one after another, and takes the mean of the streams: what
-    `apply_layers` does of layers that `wrap`. The scan carries flat streams, a branch's output and its maps, so that
+    `scan_layers` does of layers that `wrap`. The scan carries flat streams, a branch's output and its maps, so that
     nothing reads what the step before has just written.
 
     Args:
         layer: from the parameters of one layer, its branches in their order. A branch keeps the shape and dtype of x.
         params: a pytree whose leaves have a leading axis of length L, the depth.
         streams: n, as in the configs of all branches.
-        block_length: as of `apply_layers`: of how many layers the streams are kept once.
+        block_length: as of `scan_layers`: of how many layers the streams are kept once.
 
     Raises:
         ValueError: if block_length does not divide L; as `boundary`.
@@ -332,5 +332,5 @@ def apply_branches(
         return flat, output, post, res
 
     wide = (*lead, streams * width), (*lead, streams, width)
-    flat, output, post, res = scan_layers(step, params, first, block_length, wide, source=layer)
+    flat, output, post, res = scan_any(step, params, first, block_length, wide, source=layer)
     return reduce(_parted(_mixed(flat, output, post, res), streams))

@@ -163,7 +163,7 @@ def _merged(streams: Array, output: Array, post: Array, res: Array) -> Array:
     return mixed.astype(streams.dtype)
 
 
-# One piece to the policy of `apply_layers`, which would keep the products inside, whose factors are not streams.
+# One piece to the policy of `scan_layers`, which would keep the products inside, whose factors are not streams.
 _write_by_xla = jax.custom_jvp(_merged)
 
 

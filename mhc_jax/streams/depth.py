@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from mhc_jax.traced import Traced, trace
 
 
-def apply_layers(
+def scan_layers(
     layer: Callable[[Any, Array], Array],
     params: Any,
     streams: Float[Array, "*tokens n C"],
@@ -33,13 +33,13 @@ def apply_layers(
 
     Source: arXiv 2512.24880, section 4.3.2.
     """
-    return scan_layers(layer, params, streams, block_length, (streams.shape,))
+    return scan_any(layer, params, streams, block_length, (streams.shape,))
 
 
 Carry = TypeVar("Carry")
 
 
-def scan_layers(
+def scan_any(
     layer: Callable[[Any, Carry], Carry],
     params: Any,
     carry: Carry,
@@ -47,7 +47,7 @@ def scan_layers(
     wide: tuple[tuple[int, ...], ...],
     source: Any = None,
 ) -> Carry:
-    """`apply_layers` of layers that carry any arrays; those of the shapes `wide` are what a block keeps once.
+    """`scan_layers` of layers that carry any arrays; those of the shapes `wide` are what a block keeps once.
 
     Args:
         source: as of `trace`.

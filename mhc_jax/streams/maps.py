@@ -42,6 +42,11 @@ class Maps(NamedTuple):
     res: Float[Array, "*tokens n n"]
 
 
+def _check_width(width: int) -> None:
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+
+
 def init_params(
     config: StreamConfig, width: int, layer_index: int | Array = 0, dtype: Any = jnp.float32
 ) -> StreamParams:
@@ -56,8 +61,7 @@ def init_params(
         width: features C of one stream.
         layer_index: which wrapped branch of the network this is, counted from 0; may be traced.
     """
-    if width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
+    _check_width(width)
     n = config.streams
     constraint = CONSTRAINTS[config.constraint]
     pre, post = 1 / (2 * n) + jnp.where(jnp.arange(n) == layer_index % n, 1 / 2, 0), jnp.ones(n)
@@ -124,7 +128,12 @@ def _maps_from_logits(logits: Array, config: StreamConfig, implementation: Imple
 
 
 def init_head_params(config: StreamConfig, width: int, dtype: Any = jnp.float32) -> HeadParams:
-    """Parameters of `head` with which it starts as the mean of the streams."""
+    """Parameters of `head` with which it starts as the mean of the streams.
+
+    Raises:
+        ValueError: width is below 1.
+    """
+    _check_width(width)
     n = config.streams
     bias = jnp.full(n, 16 if n == 1 else -math.log(n - 1), dtype)
     return HeadParams(jnp.zeros((n * width, n), dtype), jnp.full(1, 0.01, dtype), bias)

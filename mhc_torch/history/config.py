@@ -75,6 +75,34 @@ class MHCConfig:
         return PROJECTIONS["simplex" if self.mode == "hc" else self.constraint]
 
 
+@dataclasses.dataclass(frozen=True)
+class MatrixConfig:
+    """What a skip is that mixes by a matrix.
+
+    Args:
+        max_history: window H, the number of past states that are mixed; at least 1.
+        doubly_stochastic: project to doubly stochastic matrices by Sinkhorn-Knopp; else softmax over each row.
+        iterations: Sinkhorn iterations; at least 1.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field has a value outside its range.
+    """
+
+    max_history: int = 4
+    doubly_stochastic: bool = True
+    iterations: int = 10
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("max_history", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+MATRIX_DEFAULTS = MatrixConfig()
+"""What a MatrixMHCSkip uses for the options that it is not given."""
+
 _default = MHCConfig()
 
 

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mhc_torch import _private
+from mhc_torch.history import ways
+from mhc_torch.history.ways import Way
 
 
 def mix(
@@ -20,25 +21,11 @@ def mix(
     """
     of_one_dtype = check_window(states, x)
     check_arithmetic(x)
-    if of_one_dtype and x.is_floating_point() and not transformed() and not _private.holds_tensors(x):
-        return _Mix.apply(x, *weights, *states)
+    if ways.of_sum(x, of_one_dtype) is Way.SEPARATE:
+        return _SeparateSum.apply(x, *weights, *states)
     for state, weight in zip(states, weights, strict=True):
         x = x + weight * state
     return x
-
-
-def transformed() -> bool:
-    """Whether a compiler, a tracer, a mode, a transform of torch.func or a dual number follows each operation.
-
-    They find out by themselves what a node of ours would tell the backward pass, and cannot look into it.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or _private.transforms_are_active()
-        or _private.count_modes() > 0
-        or _private.is_tracing()
-        or _private.dual_numbers_exist()
-    )
 
 
 def autocasts(device_type: str) -> bool:
@@ -59,8 +46,8 @@ def accumulate(x: Tensor, states: Sequence[Tensor], weights: Sequence[Any]) -> T
     return mixed
 
 
-class _Mix(torch.autograd.Function):
-    """The same sum as one node of the graph, which keeps references to the states and no product."""
+class _SeparateSum(torch.autograd.Function):
+    """`Way.SEPARATE`: one node, which keeps references to the states and no product."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights_and_states: Tensor) -> Tensor:

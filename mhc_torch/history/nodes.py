@@ -51,7 +51,7 @@ class Nodes:
             return None
         end = (layer + 1) * self.weights.shape[1]
         row = self.rows[end - len(window) : end]
-        return _Mix.apply(branch, latest, self.weights, self, layer, window, row)
+        return _ChainedSum.apply(branch, latest, self.weights, self, layer, window, row)
 
 
 class _Pass:
@@ -84,7 +84,7 @@ class _Pass:
 
 # A Function without the search for transforms of torch.func, which takes as long as an operation; a tape has ruled them
 # out.
-class _Mix(_private.SingleLevelFunction):
+class _ChainedSum(_private.SingleLevelFunction):
     """One layer's mix. Backward, it passes on the gradient of all mixes of its latest state, its own among them.
 
     The first layer, whose turn comes last, passes on the gradient of all weights. Nodes hold the one object of class
@@ -111,7 +111,7 @@ class _Mix(_private.SingleLevelFunction):
         device = gradient.device.type
         if autocasts(device):  # it would round the products below
             with torch.autocast(device, enabled=False):
-                return _Mix.backward(ctx, gradient)
+                return _ChainedSum.backward(ctx, gradient)
         nodes, layer = ctx.nodes, ctx.layer
         (latest,) = ctx.saved_tensors
         # Layers that come later have been here before, unless this pass does not reach them. The engine's callback

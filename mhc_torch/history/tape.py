@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from mhc_torch import _private, native
-from mhc_torch.history.mixing import mix, transformed
-from mhc_torch.history.nodes import Nodes
+from mhc_torch import native
+from mhc_torch.history import nodes, ways
+from mhc_torch.history.mixing import mix
+from mhc_torch.history.ways import Way
 
 
 class Tape:
@@ -28,14 +28,10 @@ class Tape:
         self.latest = x
         self.nodes: Any = None
         self.rows: Sequence[Tensor] | None = None
-        # Nodes read numbers, which other classes of tensors need not have, and conjugate nothing.
-        readable = type(weights) is Tensor and type(x) in (Tensor, nn.Parameter) and x.is_floating_point()
-        if alone and readable and torch.is_grad_enabled() and not transformed():
-            compiled = native.nodes() if weights.device.type == "cpu" else None
-            if compiled is not None:
-                self.nodes = compiled.Nodes(weights)
-            elif _private.PASSES_ARE_KNOWN:
-                self.nodes = Nodes(weights)
+        way = ways.of_stack(x, weights, alone=alone)
+        if way is not None:
+            made_by: Any = native.nodes() if way is Way.COMPILED else nodes
+            self.nodes = made_by.Nodes(weights)
 
     def mix(self, branch: Float[Tensor, "*shape"], window: Sequence[Tensor]) -> Float[Tensor, "*shape"]:
         """The next state: `branch`, the output of the next layer, and the weighted sum of the states in `window`.

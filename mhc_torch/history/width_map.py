@@ -12,7 +12,7 @@ from torch.nn import functional as F
 _MATERIALIZING = threading.Lock()
 
 
-class HistoryProjection(nn.Module):
+class WidthMap(nn.Module):
     """A linear map, without bias, from the width of past states to that of the present one.
 
     Tensors of four axes are images (B, C, H, W), mapped by a 1x1 convolution; of all others the last axis is mapped.
@@ -28,9 +28,9 @@ class HistoryProjection(nn.Module):
         """The states, those whose shape is not that of `x` mapped to its width.
 
         Raises:
-            ValueError: a state differs from x in more than its width, or from what this projection maps.
+            ValueError: a state differs from x in more than its width, or from what this map takes.
         """
-        return [state if state.shape == x.shape else self._project(state, x) for state in states]
+        return [state if state.shape == x.shape else self._map(state, x) for state in states]
 
     @staticmethod
     def maps(state: Tensor, x: Tensor) -> bool:
@@ -40,7 +40,7 @@ class HistoryProjection(nn.Module):
         axis = 1 if x.ndim == 4 else -1
         return state.movedim(axis, -1).shape[:-1] == x.movedim(axis, -1).shape[:-1]
 
-    def _project(self, state: Tensor, x: Tensor) -> Tensor:
+    def _map(self, state: Tensor, x: Tensor) -> Tensor:
         axis = 1 if x.ndim == 4 else -1
         if not self.maps(state, x):
             raise ValueError(
@@ -53,7 +53,7 @@ class HistoryProjection(nn.Module):
             self._materialize(shape, x)
         if self.weight.shape[:2] != (x.shape[axis], state.shape[axis]):
             raise ValueError(
-                f"this projection maps width {self.weight.shape[1]} to {self.weight.shape[0]}, "
+                f"this width map takes width {self.weight.shape[1]} to {self.weight.shape[0]}, "
                 f"history has width {state.shape[axis]}, x {x.shape[axis]}: all past states may have one other width, "
                 "so change it once in max_history layers, or outside of the stack"
             )

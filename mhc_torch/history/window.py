@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mhc_torch.history.config import MHCConfig, resolve_config
+
 
 class HistoryBuffer(nn.Module):
     """The last `max_history` states, oldest first.
@@ -14,17 +16,19 @@ class HistoryBuffer(nn.Module):
     Args:
         max_history: how many states are kept; appending one more drops the oldest.
         detach_history: keep the states without their graph, so that no gradient flows through history.
+        config: has what is left out, by default `get_default_config()`.
 
     Raises:
-        ValueError: max_history is below 1.
+        TypeError, ValueError: as MHCConfig.
     """
 
-    def __init__(self, max_history: int = 4, detach_history: bool = False) -> None:
+    def __init__(
+        self, max_history: int | None = None, detach_history: bool | None = None, *, config: MHCConfig | None = None
+    ) -> None:
         super().__init__()
-        if max_history < 1:
-            raise ValueError(f"max_history must be at least 1, got {max_history}")
-        self.max_history = max_history
-        self.detach_history = detach_history
+        config = resolve_config(config, max_history=max_history, detach_history=detach_history)
+        self.max_history = config.max_history
+        self.detach_history = config.detach_history
         self._states: list[Tensor] = []
 
     def append(self, x: Tensor) -> None:

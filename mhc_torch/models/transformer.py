@@ -7,9 +7,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mhc_torch.history.config import MHCConfig, get_default_config
 from mhc_torch.nn.hyper_connections import HyperConnections, StreamStack
 from mhc_torch.nn.sequential import MHCSequential
+from mhc_torch.options import resolve
 from mhc_torch.streams import StreamConfig
+from mhc_torch.streams.config import DEFAULTS
 
 Connection = Literal["residual", "history", "streams"]
 _EPSILON = 1e-6
@@ -96,10 +99,11 @@ class MHCTransformer(nn.Module):
         max_length: longest sequence.
         connection: "history" mixes the last `max_history` states into every layer, "residual" adds the latest alone,
             "streams" connects both branches of every layer to n residual streams.
-        options: those of `MHCSequential` ("history") or the fields of `StreamConfig` ("streams").
+        config: all options of the connection in one value, an `MHCConfig` ("history") or `StreamConfig` ("streams").
+        options: its fields, which change single ones; `use_checkpointing` of `MHCSequential` too.
 
     Raises:
-        ValueError: an option is out of range, or belongs to another connection.
+        TypeError, ValueError: as those configurations; an option belongs to another connection.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class MHCTransformer(nn.Module):
         depth: int,
         max_length: int,
         connection: Connection = "history",
+        config: MHCConfig | StreamConfig | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -123,16 +128,17 @@ class MHCTransformer(nn.Module):
         nn.init.normal_(self.positions.weight, std=features**-0.5)
         self.stack: MHCSequential | StreamStack
         if connection == "residual":
-            if options:
-                raise ValueError(f"connection: 'residual' has no options, got {sorted(options)}")
+            if config is not None or options:
+                raise ValueError(f"connection: 'residual' has no options, got {config or sorted(options)}")
             layers = (TransformerLayer(features, num_heads) for _ in range(depth))
             self.stack = MHCSequential(layers, max_history=1, mode="residual")
         elif connection == "history":
-            self.stack = MHCSequential((TransformerLayer(features, num_heads) for _ in range(depth)), **options)
+            layers = (TransformerLayer(features, num_heads) for _ in range(depth))
+            self.stack = MHCSequential(layers, config=resolve(get_default_config(), config), **options)
         elif connection == "streams":
-            config = StreamConfig(**options)
-            stream_layers = (StreamTransformerLayer(features, num_heads, config, index) for index in range(depth))
-            self.stack = StreamStack(stream_layers, config.streams)
+            streams = resolve(DEFAULTS, config, **options)
+            stream_layers = (StreamTransformerLayer(features, num_heads, streams, index) for index in range(depth))
+            self.stack = StreamStack(stream_layers, config=streams)
         else:
             raise ValueError(f"connection must be one of {get_args(Connection)}, got {connection!r}")
         self.norm = nn.RMSNorm(features, eps=_EPSILON)

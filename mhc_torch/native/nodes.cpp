@@ -1,15 +1,17 @@
-// What layers/nodes.py does, for the CPU: the same mathematics, in one pass over the window each way.
+// What history/nodes.py does, for the CPU: the same mathematics, in one pass over the window each way.
 //
 // Float and double in one memory layout are read here; whatever else comes (second derivatives, batches of cotangents,
 // half precision) goes through the operators of torch.
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/_lazy_clone.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/COW.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -149,10 +151,17 @@ bool readable(at::ArrayRef<Tensor> tensors, const Tensor& like) {
          });
 }
 
+// A copy of a tensor in memory that takes place when one of the two is written to, where torch can tell.
+Tensor copy_on_write(const Tensor& tensor) {
+  const auto& storage = *tensor.storage().unsafeGetStorageImpl();
+  const bool can = c10::impl::cow::has_simple_data_ptr(storage) || c10::impl::cow::is_cow_data_ptr(storage.data_ptr());
+  return can ? at::_lazy_clone(tensor) : tensor.clone();
+}
+
 // What the nodes share in one backward pass: the last H cotangents, and the inner products found so far.
 struct Pass {
-  variable_list cotangents;
-  std::vector<uint32_t> versions;  // those of the cotangents when they came
+  variable_list cotangents;  // copies, that of memory on the first write: a hook may change a gradient in place
+  variable_list passed_on;  // held so that the engine does not add in place to what shares memory with a copy
   std::vector<double> products;
   variable_list tensors;  // products that operators found, in their places
 };
@@ -172,12 +181,12 @@ struct Nodes : c10::intrusive_ptr_target {
   std::mutex mutex;
 };
 
-struct Mix : torch::autograd::Node {
+struct ChainedSum : torch::autograd::Node {
   c10::intrusive_ptr<Nodes> nodes;
   int64_t layer;
   torch::autograd::SavedVariable latest;
 
-  std::string name() const override { return "MixBackward"; }
+  std::string name() const override { return "ChainedSumBackward"; }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -197,7 +206,7 @@ struct Mix : torch::autograd::Node {
     if (!found) {
       found = std::make_shared<Pass>();
       found->cotangents.resize(nodes->width);
-      found->versions.resize(nodes->width);
+      found->passed_on.resize(nodes->width);
       found->products.resize(nodes->values.size());
       torch::autograd::Engine::get_default_engine().queue_callback([nodes = nodes, task, found] {
         std::lock_guard<std::mutex> lock(nodes->mutex);
@@ -214,20 +223,18 @@ struct Mix : torch::autograd::Node {
     const bool wants_state = task_should_compute_output(1), wants_weights = task_should_compute_output(2);
     const auto shared = this->pass();
     Pass& pass = *shared;
-    Tensor& own = pass.cotangents[layer % width] = gradients[0];
+    const Tensor& given = pass.passed_on[layer % width] = gradients[0];
+    Tensor& own = pass.cotangents[layer % width];
+    const bool in_memory = !at::GradMode::is_enabled() && dense(given);
     // A network often ends in a sum, whose gradient is one number that is seen everywhere.
-    const bool in_memory = !at::GradMode::is_enabled() && dense(own);
-    if (in_memory && own.strides() != state.strides()) own = at::empty_like(state).copy_(own);
-    if (own.defined()) pass.versions[layer % width] = own._version();
+    if (in_memory && given.strides() != state.strides()) own = at::empty_like(state).copy_(given);
+    else own = in_memory ? copy_on_write(given) : given.defined() ? given.clone() : given;
 
     // Layer j mixes the state with weights[j, H - 1 - (j - layer)]. The layers from some j on may have no part in the
     // pass.
     c10::SmallVector<int64_t, 8> places;
     variable_list cotangents;
     for (int64_t j = layer; j < std::min(layer + width, nodes->depth) && pass.cotangents[j % width].defined(); ++j) {
-      TORCH_CHECK(
-          pass.cotangents[j % width]._version() == pass.versions[j % width],
-          "the gradient of layer ", j, " was changed in place, by a hook perhaps; return a new tensor from the hook");
       places.push_back(j * width + width - 1 - (j - layer));
       cotangents.push_back(pass.cotangents[j % width]);
     }
@@ -283,7 +290,7 @@ std::optional<Tensor> mix_layer(
     }
   }
   if (torch::autograd::compute_requires_grad(branch, latest, nodes->weights)) {
-    auto node = c10::make_intrusive<Mix>();
+    auto node = c10::make_intrusive<ChainedSum>();
     node->set_next_edges(torch::autograd::collect_next_edges(branch, latest, nodes->weights));
     node->nodes = nodes;
     node->layer = layer;

@@ -5,13 +5,15 @@ from typing import Any, TypeVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mhc_torch.history.config import resolve_config
+from mhc_torch.history.config import MHCConfig, resolve_config
 from mhc_torch.nn.compatible import mhc_compatible
 from mhc_torch.nn.shared_history import SharedHistory, first_window, live_window, span_forwards
 from mhc_torch.nn.skip import MHCSkip
 
 Image = Float[Tensor, "batch channels height width"]
 M = TypeVar("M", bound=nn.Module)
+# The options that blocks take by position, in the order of the `mhc` package.
+_POSITIONAL = ("max_history", "mode", "constraint", "epsilon", "temperature", "detach_history")
 
 
 @mhc_compatible
@@ -21,11 +23,11 @@ class _HistoryBlock(nn.Module):
     The states are the outputs of blocks. A history of its own begins at every forward from the input of the block.
     """
 
-    def __init__(self, detach_history: bool | None, **settings: Any) -> None:
+    def __init__(self, config: MHCConfig | None, *positional: Any, **options: Any) -> None:
         super().__init__()
-        config = resolve_config(detach_history=detach_history, **settings)
+        config = resolve_config(config, **dict(zip(_POSITIONAL, positional, strict=True)), **options)
         self.skip = MHCSkip(config=config)
-        self.history_buffer = SharedHistory(config.max_history, config.detach_history)
+        self.history_buffer = SharedHistory(config=config)
         self.shares_history = False
 
     def _mix(self, branch: Image, x: Image, shortcut: nn.Module | None, activation: nn.Module | None = None) -> Image:
@@ -74,7 +76,11 @@ def share_history(model: M, clear_on_forward: bool = True) -> M:
 class MHCConv2d(_HistoryBlock):
     """conv(x) plus the mixed history; the input joins it through a strided 1x1 convolution if channels or stride ask.
 
-    The arguments up to `bias` are those of torch.nn.Conv2d, the others those of MHCSkip and HistoryBuffer.
+    The arguments up to `bias` are those of torch.nn.Conv2d. The others are options, fields of MHCConfig; those left out
+    come from `config`, by default `get_default_config()`.
+
+    Raises:
+        TypeError, ValueError: as MHCConfig.
     """
 
     def __init__(
@@ -93,15 +99,11 @@ class MHCConv2d(_HistoryBlock):
         epsilon: float | None = None,
         temperature: float | None = None,
         detach_history: bool | None = None,
+        *,
+        config: MHCConfig | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            detach_history,
-            max_history=max_history,
-            mode=mode,
-            constraint=constraint,
-            epsilon=epsilon,
-            temperature=temperature,
-        )
+        super().__init__(config, max_history, mode, constraint, epsilon, temperature, detach_history, **options)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.needs_projection = in_channels != out_channels or stride not in (1, (1, 1))
         if self.needs_projection:
@@ -118,7 +120,11 @@ class MHCBasicBlock(_HistoryBlock):
     Args:
         stride: of the first convolution. With it, or with other channels, the history begins from downsample(x).
 
-    The other arguments are those of MHCSkip and HistoryBuffer.
+    The other arguments are options, fields of MHCConfig; those left out come from `config`, by default
+    `get_default_config()`.
+
+    Raises:
+        TypeError, ValueError: as MHCConfig.
     """
 
     def __init__(
@@ -132,15 +138,11 @@ class MHCBasicBlock(_HistoryBlock):
         epsilon: float | None = None,
         temperature: float | None = None,
         detach_history: bool | None = None,
+        *,
+        config: MHCConfig | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            detach_history,
-            max_history=max_history,
-            mode=mode,
-            constraint=constraint,
-            epsilon=epsilon,
-            temperature=temperature,
-        )
+        super().__init__(config, max_history, mode, constraint, epsilon, temperature, detach_history, **options)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU()
@@ -162,7 +164,11 @@ class MHCBottleneck(_HistoryBlock):
         out_channels: width of the 3x3 convolution; the block puts out `expansion` = 4 times as many channels.
         stride: of the 3x3 convolution. With it, or with other channels, the history begins from downsample(x).
 
-    The other arguments are those of MHCSkip and HistoryBuffer.
+    The other arguments are options, fields of MHCConfig; those left out come from `config`, by default
+    `get_default_config()`.
+
+    Raises:
+        TypeError, ValueError: as MHCConfig.
     """
 
     expansion = 4
@@ -178,15 +184,11 @@ class MHCBottleneck(_HistoryBlock):
         epsilon: float | None = None,
         temperature: float | None = None,
         detach_history: bool | None = None,
+        *,
+        config: MHCConfig | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            detach_history,
-            max_history=max_history,
-            mode=mode,
-            constraint=constraint,
-            epsilon=epsilon,
-            temperature=temperature,
-        )
+        super().__init__(config, max_history, mode, constraint, epsilon, temperature, detach_history, **options)
         expanded = out_channels * self.expansion
         self.conv1 = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)

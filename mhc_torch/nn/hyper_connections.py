@@ -26,6 +26,11 @@ from mhc_torch.streams import (
 from mhc_torch.streams.config import DEFAULTS
 
 
+def _check_width(width: int) -> None:
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+
+
 class HyperConnections(nn.Module):
     """X -> H_res X + H_post^T branch(H_pre X) on streams X of shape (..., n, width).
 
@@ -58,8 +63,7 @@ class HyperConnections(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
+        _check_width(width)
         self.config = resolve(DEFAULTS, config, **options)
         self.layer_index = layer_index
         self.branch = branch
@@ -114,14 +118,22 @@ class StreamHead(nn.Module):
 
     Starts as the mean of the streams.
 
+    Args:
+        width: features C of one stream.
+        config: all options in one value; keywords, the fields of `StreamConfig`, change single ones.
+
     Attributes:
         phi: (n * width, n) parameter.
         alpha: (1,) parameter.
         bias: (n,) parameter.
+
+    Raises:
+        TypeError, ValueError: as StreamConfig; width is below 1.
     """
 
     def __init__(self, width: int, *, config: StreamConfig | None = None, **options: Any) -> None:
         super().__init__()
+        _check_width(width)
         self.config = resolve(DEFAULTS, config, **options)
         n = self.config.streams
         self.phi = nn.Parameter(torch.zeros(n * width, n))
@@ -137,12 +149,23 @@ class StreamHead(nn.Module):
 
 
 class StreamStack(nn.Module):
-    """A network of n streams: expands its input, runs layers of `HyperConnections` in turn, and takes the mean."""
+    """A network of n streams: expands its input, runs layers of `HyperConnections` in turn, and takes the mean.
 
-    def __init__(self, layers: Iterable[nn.Module], streams: int = 4) -> None:
+    Args:
+        layers: map streams to streams.
+        streams: number n of streams, 4 by default.
+        config: of the layers, in place of `streams`.
+
+    Raises:
+        TypeError, ValueError: as StreamConfig.
+    """
+
+    def __init__(
+        self, layers: Iterable[nn.Module], streams: int | None = None, *, config: StreamConfig | None = None
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.streams = streams
+        self.streams = resolve(DEFAULTS, config, streams=streams).streams
 
     def residual_maps(self) -> Float[Tensor, "L n n"]:
         """H_res at rest of every branch in turn; float64."""

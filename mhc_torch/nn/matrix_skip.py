@@ -7,8 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mhc_torch.history.config import MATRIX_DEFAULTS, MatrixConfig
 from mhc_torch.history.mixing import mix
 from mhc_torch.nn.compatible import mhc_compatible
+from mhc_torch.options import check_change, resolve, settable
 from mhc_torch.projections import project_doubly_stochastic, project_simplex
 
 
@@ -19,27 +21,45 @@ class MatrixMHCSkip(nn.Module):
     The skip takes the row of the latest state; under `doubly_stochastic` the other rows shape it through the columns.
 
     Args:
-        max_history: window H, the number of past states that are mixed.
-        doubly_stochastic: project to doubly stochastic matrices by Sinkhorn-Knopp; else softmax over each row.
-        iterations: Sinkhorn iterations.
+        max_history: window H, the number of past states that are mixed; 4 by default.
+        doubly_stochastic: project to doubly stochastic matrices by Sinkhorn-Knopp (default), else softmax each row.
+        iterations: Sinkhorn iterations, 10 by default.
+        config: all of them in one value; the arguments change single ones.
 
     Attributes:
+        config: the options, read-only. `iterations` and `doubly_stochastic` can be set: `skip.iterations = 20`.
         mixing_logits: (max_history, max_history) parameter, the latest state last in both axes.
 
     Raises:
-        ValueError: max_history or iterations is below 1.
+        TypeError, ValueError: as MatrixConfig; on setting an option too, and for max_history, which has its logits.
     """
 
-    def __init__(self, max_history: int = 4, doubly_stochastic: bool = True, iterations: int = 10) -> None:
+    def __init__(
+        self,
+        max_history: int | None = None,
+        doubly_stochastic: bool | None = None,
+        iterations: int | None = None,
+        *,
+        config: MatrixConfig | None = None,
+    ) -> None:
         super().__init__()
-        for name, value in (("max_history", max_history), ("iterations", iterations)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.max_history = max_history
-        self.doubly_stochastic = doubly_stochastic
-        self.iterations = iterations
-        self.live = max_history  # how many states the last forward mixed
-        self.mixing_logits = nn.Parameter(torch.randn(max_history, max_history) * 0.01)
+        options = {"max_history": max_history, "doubly_stochastic": doubly_stochastic, "iterations": iterations}
+        self.config = resolve(MATRIX_DEFAULTS, config, **options)
+        self.live = self.max_history  # how many states the last forward mixed
+        self.mixing_logits = nn.Parameter(torch.randn(self.max_history, self.max_history) * 0.01)
+
+    @property
+    def config(self) -> MatrixConfig:
+        return self._config
+
+    @config.setter
+    def config(self, config: MatrixConfig) -> None:
+        check_change("MatrixMHCSkip", getattr(self, "_config", None), config, ("max_history",))
+        self._config = config
+
+    max_history = settable("max_history")
+    doubly_stochastic = settable("doubly_stochastic")
+    iterations = settable("iterations")
 
     @property
     def logits(self) -> nn.Parameter:

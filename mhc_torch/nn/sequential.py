@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mhc_torch import _private
-from mhc_torch.history.config import resolve_config
+from mhc_torch.history.config import MHCConfig, resolve_config
 from mhc_torch.history.mixing import check_arithmetic
 from mhc_torch.history.tape import Tape
 from mhc_torch.history.window import HistoryBuffer
@@ -23,10 +23,12 @@ from mhc_torch.nn.skip import MHCSkip
 class MHCSequential(nn.Module):
     """x_{l+1} = f_l(x_l) + g_l * sum_k alpha_{l,k} x_k for each module f_l in turn; the window includes the input x_0.
 
-    Keywords that are left out come from `get_default_config()`; see MHCConfig for their meaning.
+    Options are fields of MHCConfig, which has their meaning; those left out come from `config`, by default
+    `get_default_config()`.
 
     Args:
         modules: the branches f_l, each from one tensor to one tensor.
+        config: all options in one value; keywords change single ones.
         use_checkpointing: keep only the states, and compute the inside of each branch again for the gradient.
 
     Attributes:
@@ -55,7 +57,9 @@ class MHCSequential(nn.Module):
         prune_threshold: float | None = None,
         stochastic: bool | None = None,
         auto_project: bool | None = None,
-        init: str | None = None,
+        *,
+        config: MHCConfig | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         if not isinstance(modules, Iterable):
@@ -63,6 +67,7 @@ class MHCSequential(nn.Module):
             raise TypeError(f"modules must be an iterable of modules, [first, second, ...]; got {kind}")
         self.wrapped_modules = nn.ModuleList(modules)
         config = resolve_config(
+            config,
             max_history=max_history,
             mode=mode,
             constraint=constraint,
@@ -74,12 +79,12 @@ class MHCSequential(nn.Module):
             prune_threshold=prune_threshold,
             stochastic=stochastic,
             auto_project=auto_project,
-            init=init,
+            **options,
         )
         self.skip_layers = nn.ModuleList(MHCSkip(config=config) for _ in self.wrapped_modules)
         for depth, skip in enumerate(self.skip_layers, start=1):
             skip.live = min(depth, config.max_history)  # type: ignore[assignment]
-        self.history_buffer = HistoryBuffer(config.max_history, config.detach_history)
+        self.history_buffer = HistoryBuffer(config=config)
         self.clear_history_each_forward = config.clear_history_each_forward
         self.use_checkpointing = use_checkpointing
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mhc_torch.history.width_map import HistoryProjection
+from mhc_torch.history.config import MHCConfig
+from mhc_torch.history.width_map import WidthMap
 from mhc_torch.history.window import HistoryBuffer
 from mhc_torch.nn.skip import MHCSkip
 
@@ -32,8 +33,10 @@ class SharedHistory(HistoryBuffer):
     they are the buffer's own, as in every HistoryBuffer.
     """
 
-    def __init__(self, max_history: int = 4, detach_history: bool = False) -> None:
-        super().__init__(max_history, detach_history)
+    def __init__(
+        self, max_history: int | None = None, detach_history: bool | None = None, *, config: MHCConfig | None = None
+    ) -> None:
+        super().__init__(max_history, detach_history, config=config)
         self._running = _Running()
 
     def begin(self, keep: bool) -> None:
@@ -93,7 +96,7 @@ def first_window(skip: MHCSkip, history: SharedHistory, branch: Tensor, start: T
     """The window of a history that begins with `start`, the input of the layer; empty if its shape does not fit."""
     if start.shape == branch.shape:
         return history.with_state([], start)
-    return [start] if skip.auto_project and HistoryProjection.maps(start, branch) else []
+    return [start] if skip.auto_project and WidthMap.maps(start, branch) else []
 
 
 def span_forwards(root: nn.Module, histories: Iterable[SharedHistory], *, keep: bool) -> None:

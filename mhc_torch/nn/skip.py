@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from mhc_torch.history.config import MHCConfig, resolve_config
 from mhc_torch.history.mixing import check_window, mix
 from mhc_torch.history.tape import Tape
-from mhc_torch.history.width_map import HistoryProjection
+from mhc_torch.history.width_map import WidthMap
 from mhc_torch.nn.compatible import mhc_compatible
+from mhc_torch.options import check_change, settable
 
 
 @mhc_compatible
@@ -23,14 +24,15 @@ class MHCSkip(nn.Module):
     `get_default_config()`; see MHCConfig for their meaning. The state dict is that of the `mhc` package.
 
     Attributes:
-        config: the settings, read-only; `skip.config = dataclasses.replace(skip.config, temperature=0.5)` changes them.
+        config: the options, read-only. Single ones can be set: `skip.temperature = 0.5`, and so mode, constraint,
+            epsilon, prune_threshold and stochastic; they are checked as at construction.
         live: how many states the last forward mixed.
         mixing_logits: (max_history,) parameter, the latest state last. Frozen in mode "residual", which has no weights.
         gate_logit: () parameter, only with use_gating.
         projection: maps past states of another width, only with auto_project.
 
     Raises:
-        TypeError, ValueError: as MHCConfig.
+        TypeError, ValueError: as MHCConfig; on setting an option too, and for one that parameters were made for.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class MHCSkip(nn.Module):
         stochastic: bool | None = None,
         *,
         config: MHCConfig | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.config = resolve_config(
@@ -61,13 +64,14 @@ class MHCSkip(nn.Module):
             use_gating=use_gating,
             prune_threshold=prune_threshold,
             stochastic=stochastic,
+            **options,
         )
         self.live = self.max_history
         mixes = self.mode != "residual"
         self.mixing_logits = nn.Parameter(torch.empty(self.max_history), requires_grad=mixes)
         if self.use_gating:
             self.gate_logit = nn.Parameter(torch.empty(()), requires_grad=mixes)
-        self.projection = HistoryProjection() if self.config.auto_project else None
+        self.projection = WidthMap() if self.config.auto_project else None
         self.reset_parameters()
 
     @property
@@ -76,23 +80,22 @@ class MHCSkip(nn.Module):
 
     @config.setter
     def config(self, config: MHCConfig) -> None:
-        logits = getattr(self, "mixing_logits", None)
-        if logits is not None and config.max_history != len(logits):
-            raise ValueError(
-                f"config.max_history must be {len(logits)}, the number of logits of this MHCSkip; "
-                f"got {config.max_history}: make a new MHCSkip"
-            )
+        before = getattr(self, "_config", None)
+        check_change("MHCSkip", before, config, ("max_history", "auto_project", "use_gating"))
         self._config = config
+        if before is not None and (before.mode == "residual") != (config.mode == "residual"):
+            for parameter in self.parameters(recurse=False):
+                parameter.requires_grad_(config.mode != "residual")
 
-    mode = property(lambda self: self.config.mode)
-    max_history = property(lambda self: self.config.max_history)
-    constraint = property(lambda self: self.config.constraint)
-    epsilon = property(lambda self: self.config.epsilon)
-    temperature = property(lambda self: self.config.temperature)
-    auto_project = property(lambda self: self.config.auto_project)
-    use_gating = property(lambda self: self.config.use_gating)
-    prune_threshold = property(lambda self: self.config.prune_threshold)
-    stochastic = property(lambda self: self.config.stochastic)
+    mode = settable("mode")
+    max_history = settable("max_history")
+    constraint = settable("constraint")
+    epsilon = settable("epsilon")
+    temperature = settable("temperature")
+    auto_project = settable("auto_project")
+    use_gating = settable("use_gating")
+    prune_threshold = settable("prune_threshold")
+    stochastic = settable("stochastic")
 
     def reset_parameters(self) -> None:
         """Set the logits to their initial values: -10 but 0 for the latest state ("identity"), or all 0 ("uniform")."""

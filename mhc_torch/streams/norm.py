@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from mhc_torch.history.mixing import transformed
+from mhc_torch.following import transformed
 
 
 def normalizer(x: Tensor, dtype: torch.dtype, epsilon: float) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -54,7 +54,7 @@ def test_streams_learn_text_from_where_the_residual_network_starts():
 def test_options_of_another_connection_are_refused():
     with pytest.raises(ValueError, match="'residual' has no options"):
         MHCTransformer(256, connection="residual", streams=4, rngs=nnx.Rngs(0), **SHAPE)
-    with pytest.raises(ValueError, match="'history' takes an MHCConfig"):
+    with pytest.raises(TypeError, match="config must be of type MHCConfig"):
         MHCTransformer(256, connection="history", config=StreamConfig(), rngs=nnx.Rngs(0), **SHAPE)
     with pytest.raises(ValueError, match="connection must be one of"):
         TorchTransformer(256, connection="dense", **SHAPE)

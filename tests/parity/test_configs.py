@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import mhc_jax
+import mhc_jax.history.config
 import mhc_jax.options
 import mhc_jax.projections
 import mhc_jax.streams
@@ -16,6 +17,7 @@ import mhc_torch.projections
 import mhc_torch.streams
 import mhc_torch.streams.constraints
 
+MATRIX = (mhc_jax.history.config.MatrixConfig, mhc_torch.history.config.MatrixConfig)
 HISTORY = (mhc_jax.MHCConfig, mhc_torch.history.config.MHCConfig)
 STREAMS = (mhc_jax.streams.StreamConfig, mhc_torch.streams.StreamConfig)
 # In PyTorch a module holds states between two calls, or between the layers of a model that was there.
@@ -44,17 +46,19 @@ def test_fields_and_defaults():
     assert {name: value for name, value in torch_history.items() if name not in TORCH_ALONE} == jax_history
     assert torch_history.keys() - jax_history.keys() == TORCH_ALONE
     assert defaults(STREAMS[0]) == defaults(STREAMS[1])
+    assert defaults(MATRIX[0]) == defaults(MATRIX[1]) == {"max_history": 4, "doubly_stochastic": True, "iterations": 10}
 
 
 def test_order_of_fields():
     """Positional arguments mean the same, but for the fields that PyTorch has alone."""
     ours, theirs = ([field.name for field in dataclasses.fields(kind)] for kind in HISTORY)
     assert ours == [name for name in theirs if name not in TORCH_ALONE]
-    ours, theirs = ([field.name for field in dataclasses.fields(kind)] for kind in STREAMS)
-    assert ours == theirs
+    for kinds in (STREAMS, MATRIX):
+        ours, theirs = ([field.name for field in dataclasses.fields(kind)] for kind in kinds)
+        assert ours == theirs
 
 
-@pytest.mark.parametrize("kinds", [HISTORY, STREAMS], ids=["history", "streams"])
+@pytest.mark.parametrize("kinds", [HISTORY, STREAMS, MATRIX], ids=["history", "streams", "matrix"])
 def test_single_values(kinds):
     for field in defaults(kinds[0]):
         for value in VALUES:

@@ -126,7 +126,7 @@ def test_blocks_of_layers_keep_their_streams_once(implementation):
     params = jax.vmap(lambda layer: streams.init_params(config, 48, layer))(jnp.arange(4))
     x = jnp.ones((3, 5, 2, 48))
     layer = streams.wrap(lambda h: h, config, implementation=implementation)
-    _, pullback = jax.vjp(lambda p, x: streams.apply_layers(layer, p, x, block_length=2), params, x)
+    _, pullback = jax.vjp(lambda p, x: streams.scan_layers(layer, p, x, block_length=2), params, x)
     kept = [leaf.shape for leaf in jax.tree.leaves(pullback) if leaf.shape[-2:] == (2, 48)]
     assert kept == [(2, *x.shape)], "the streams of two layers out of four"
 

@@ -278,7 +278,7 @@ def test_a_scan_over_boundaries_is_the_scan_over_layers(block_length):
                 wide = streams.wrap(partial(function, w), config)(maps, wide)
             return wide
 
-        return streams.reduce(streams.apply_layers(layer, params, streams.expand(x, 3), block_length=block_length))
+        return streams.reduce(streams.scan_layers(layer, params, streams.expand(x, 3), block_length=block_length))
 
     outcomes = []
     with jax.enable_x64(True):

@@ -148,7 +148,7 @@ def test_blocks_keep_fewer_streams_and_change_nothing_else():
 
     def run(block_length):
         def loss(params):
-            return jnp.sum(streams.apply_layers(layer, params, streams.expand(x, 4), block_length=block_length) ** 2)
+            return jnp.sum(streams.scan_layers(layer, params, streams.expand(x, 4), block_length=block_length) ** 2)
 
         traced = jax.jit(jax.grad(loss)).trace((params, weights))
         compiled = traced.lower().compile()
@@ -199,7 +199,7 @@ def test_bad_input_is_refused():
     with pytest.raises(TypeError, match="floating dtype, got float8_e4m3fn: 16 bits"):
         layer(params, x.astype(jnp.float8_e4m3fn))
     with pytest.raises(ValueError, match="params must hold arrays with one leading axis, the depth"):
-        streams.apply_layers(lambda params, x: x, {}, x)
+        streams.scan_layers(lambda params, x: x, {}, x)
     with pytest.raises(ValueError, match=r"keep the shape of its input \(3, 8\), its output has \(3, 4\)"):
         streams.wrap(lambda h: h[:, :4], config)(params, x)
     with pytest.raises(TypeError, match="keep the dtype of the streams float32, its output has bfloat16"):
@@ -287,7 +287,7 @@ def test_a_second_call_outside_jit_compiles_nothing(implementation):
         return streams.wrap(lambda h: h * shared, config, implementation=implementation)(params, x)
 
     def step():
-        return jax.value_and_grad(lambda params: jnp.sum(streams.apply_layers(layer, params, x)))(params)
+        return jax.value_and_grad(lambda params: jnp.sum(streams.scan_layers(layer, params, x)))(params)
 
     first = jax.tree.map(lambda leaf: leaf[0], params)
     layer(first, x), step()
@@ -295,4 +295,4 @@ def test_a_second_call_outside_jit_compiles_nothing(implementation):
         layer(first, x), step()
     assert not compiled
     shared = 3 * shared  # which the same function object closes over
-    np.testing.assert_allclose(streams.apply_layers(layer, params, x), 16 * x, rtol=1e-2)
+    np.testing.assert_allclose(streams.scan_layers(layer, params, x), 16 * x, rtol=1e-2)

@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import psutil
 import pytest
@@ -14,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from mhc_torch import MHCSequential, native
+from mhc_torch import MHCSequential, _private, native
 from tests.mhc_torch.nn.test_layers import branch, stack_of
 
 F64 = torch.float64
@@ -384,21 +385,57 @@ def test_a_backward_pass_under_autocast_rounds_no_state():
         torch.testing.assert_close(gradients_of(stack(x), [x]), expected)
 
 
-def test_a_hook_that_changes_a_gradient_in_place(nodes):
-    stack, x = stack_of(6, max_history=3), leaf(2, 3)
-    plain = stack.wrapped_modules[3].register_forward_hook(lambda module, args, y: _half(y, in_place=False))
-    expected = torch.autograd.grad(stack(x).sum(), x)
-    plain.remove()
-    stack.wrapped_modules[3].register_forward_hook(lambda module, args, y: _half(y, in_place=True))
-    if nodes == "compiled":  # which keeps no copy
-        with pytest.raises(RuntimeError, match=r"gradient of layer 3 was changed in place.*return a new tensor"):
-            stack(x).sum().backward()
-    else:
-        torch.testing.assert_close(torch.autograd.grad(stack(x).sum(), x), expected)
+@pytest.mark.parametrize("way", ["chained", "separate", "plain"])
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("place", ["branch", "inside of a branch", "state", "every state", "beside", "input", "numpy"])
+def test_a_hook_that_changes_a_gradient_in_place(monkeypatch, nodes, way, create_graph, place):
+    """All ways of a sum bear it: the same numbers as from a hook that returns a new gradient, over plain sums."""
+    if way != "chained":
+        if nodes == "compiled":
+            pytest.skip("it has no chain")
+        monkeypatch.setattr(_private, "PASSES_ARE_KNOWN", False)
+    stack, x, beside = stack_of(6, Shortcut, max_history=3), leaf(2, 3), leaf(2, 3)
+
+    def gradients(forward, in_place):
+        def halve(gradient):
+            return gradient.mul_(0.5) if in_place else 0.5 * gradient
+
+        for index, module in enumerate(stack.wrapped_modules):
+            module.outer = halve if (place, index) == ("branch", 3) else None
+            module.inner = halve if (place, index) in (("inside of a branch", 3), ("numpy", 5)) else None
+        start, other = 1 * x, 2 * beside
+        states = forward(start)
+        last = states[-1]
+        if place == "numpy":  # memory that is not torch's
+            last.register_hook(lambda gradient: torch.from_numpy(gradient.detach().numpy().copy()))
+        places = {"state": states[3:4], "every state": states[1:-1], "input": [start], "beside": [other]}
+        for state in places.get(place, []):
+            state.register_hook(halve)
+        # What is beside the last state gets the very tensor that the last state gets.
+        options = {"create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
+        return torch.autograd.grad((last + other).square().sum(), [x, beside, *stack.parameters()], **options)
+
+    expected = gradients(lambda x: plain_states(stack, x), False)
+    with forward_ad.dual_level() if way == "plain" else nullcontext():
+        torch.testing.assert_close(gradients(lambda x: states_of(stack, x), True), expected)
 
 
-def _half(y, in_place):
-    y.register_hook(lambda gradient: gradient.mul_(0.5) if in_place else 0.5 * gradient)
+class Shortcut(nn.Module):
+    """A branch whose last sum hands its gradient on as it is; hooks sit on both."""
+
+    outer = inner = None
+
+    def __init__(self):
+        super().__init__()
+        self.body = branch()
+
+    def forward(self, x):
+        inner = self.body(x)
+        y = inner + 0.5 * x
+        for tensor, hook in ((inner, self.inner), (y, self.outer)):
+            if hook is not None:
+                tensor.register_hook(hook)
+        return y
 
 
 def test_memory_of_states_is_hidden_from_nobody():

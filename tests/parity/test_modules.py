@@ -1,0 +1,163 @@
+"""Modules that both packages have take the same keywords with the same defaults, and refuse in the same words."""
+
+import inspect
+
+import jax.numpy as jnp
+import pytest
+import torch
+from flax import nnx
+from torch import nn
+
+import mhc_jax.models as jax_models
+import mhc_jax.nn as jax_nn
+import mhc_torch.models as torch_models
+import mhc_torch.nn as torch_nn
+from mhc_jax.history.config import MatrixConfig, MHCConfig
+from mhc_jax.streams import StreamConfig
+from mhc_torch.history.config import MHCConfig as TorchConfig
+
+PAIRS = {name: (getattr(jax_nn, name), getattr(torch_nn, name)) for name in set(jax_nn.__all__) & set(torch_nn.__all__)}
+PAIRS["MHCConv"] = (jax_nn.MHCConv, torch_nn.MHCConv2d)
+PAIRS["MHCTransformer"] = (jax_models.MHCTransformer, torch_models.MHCTransformer)
+
+# The names that flax and torch have for the same thing in their own layers.
+SAME = {"in_channels": "in_features", "out_channels": "features", "stride": "strides", "bias": "use_bias"}
+HISTORY = set(MHCConfig.__dataclass_fields__)
+TORCH_ALONE = set(TorchConfig.__dataclass_fields__) - HISTORY
+
+# What one package has and the other has not, and why.
+EXCEPTIONS = {
+    "rngs": "torch draws from a generator of its own",
+    "dtype": "torch converts a model by .to()",
+    "implementation": "torch has one implementation",
+    "policy": "of jax.checkpoint; torch has use_checkpointing",
+    "use_checkpointing": "see policy",
+    "features": "torch sees the widths of auto_project at the first forward",
+    "history_features": "as features",
+    "make_layer": "a stack of JAX is one scan over equal layers, which it makes; torch takes the layers",
+    "depth": "as make_layer",
+    "layers": "as make_layer",
+    "block_length": "as make_layer: what the scan keeps",
+    "groups": "of torch.nn.Conv2d, for the order of its arguments",
+    "dilation": "as groups",
+}
+OWN = {  # arguments of a pair that EXCEPTIONS must not hide elsewhere, and defaults that differ
+    "MHCConv": {"padding", "out_features", "features", "kernel_size"},  # those of torch.nn.Conv2d and nnx.Conv
+}
+HIDDEN = {"MHCBasicBlock": {"features"}, "MHCBottleneck": {"features"}, "MHCTransformer": {"features", "depth"}}
+
+
+def keywords(module):
+    """Names and defaults of the constructor; fields of a configuration that **options takes stand for themselves."""
+    found = {}
+    for name, parameter in inspect.signature(module.__init__).parameters.items():
+        if name != "self" and parameter.kind is not parameter.VAR_KEYWORD:
+            found[SAME.get(name, name)] = parameter.default
+    return found
+
+
+def takes_options(module):
+    parameters = inspect.signature(module.__init__).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_keywords_and_defaults(pair):
+    ours, theirs = map(keywords, PAIRS[pair])
+    assert takes_options(PAIRS[pair][0]) == takes_options(PAIRS[pair][1])
+    assert "config" in ours.keys() & theirs.keys()
+    of_history = takes_options(PAIRS[pair][0]) and pair not in ("HyperConnections", "StreamHead")
+    fields = HISTORY | TORCH_ALONE if of_history else set()
+    alone = (ours.keys() ^ theirs.keys()) - fields
+    hidden = HIDDEN.get(pair, set())
+    assert alone <= (EXCEPTIONS.keys() - hidden) | OWN.get(pair, set())
+    for name in ours.keys() & theirs.keys():
+        assert name in OWN.get(pair, set()) or ours[name] == theirs[name], name
+    for name in (ours.keys() | theirs.keys()) & (fields | set(MatrixConfig.__dataclass_fields__)):
+        assert (ours | theirs)[name] is None, f"{name} must come from the config"
+
+
+def test_every_exception_is_needed():
+    alone = {name for pair in PAIRS.values() for name in keywords(pair[0]).keys() ^ keywords(pair[1]).keys()}
+    assert EXCEPTIONS.keys() <= alone
+
+
+RNGS = nnx.Rngs(0)
+
+
+def zeros(*shape):
+    return jnp.zeros(shape), torch.zeros(shape)
+
+
+def both(make):
+    """`make` with what each package has: modules, a branch, models, zeros, and the random streams that JAX needs."""
+    return (
+        lambda: make(jax_nn, nnx.Linear(3, 3, rngs=RNGS), jax_models, lambda *shape: jnp.zeros(shape), {"rngs": RNGS}),
+        lambda: make(torch_nn, nn.Linear(3, 3), torch_models, lambda *shape: torch.zeros(shape), {}),
+    )
+
+
+SHAPE = {"features": 4, "num_heads": 2, "depth": 1, "max_length": 2}
+BAD = {
+    "max_history": lambda n, f, m, z, r: n.MHCSkip(max_history=0),
+    "type of max_history": lambda n, f, m, z, r: n.MHCSkip(max_history=2.0),
+    "unknown option": lambda n, f, m, z, r: n.MHCSkip(alpha=1),
+    "config": lambda n, f, m, z, r: n.MHCSkip(config={"mode": "hc"}),
+    "config of another kind": lambda n, f, m, z, r: n.MatrixMHCSkip(config=3, **r),
+    "matrix": lambda n, f, m, z, r: n.MatrixMHCSkip(0, **r),
+    "iterations": lambda n, f, m, z, r: n.MatrixMHCSkip(iterations=0, **r),
+    "matrix weights": lambda n, f, m, z, r: n.MatrixMHCSkip(**r).mixing_matrix(5),
+    "shape of a state": lambda n, f, m, z, r: n.MHCSkip()(z(2, 3), [z(2, 4)]),
+    "another batch": lambda n, f, m, z, r: n.MHCSkip()(z(2, 3), [z(4, 3)]),
+    "shape in a matrix skip": lambda n, f, m, z, r: n.MatrixMHCSkip(**r)(z(2, 3), [z(2, 4)]),
+    "modules": lambda n, f, m, z, r: n.MHCSequential(f),
+    "option of a sequential": lambda n, f, m, z, r: n.MHCSequential([f], mode="mch"),
+    "block": lambda n, f, m, z, r: n.MHCBasicBlock(3, 3, temperature=0.0, **r),
+    "bottleneck": lambda n, f, m, z, r: n.MHCBottleneck(3, 3, mod="hc", **r),
+    "streams": lambda n, f, m, z, r: n.HyperConnections(f, 3, streams=0),
+    "width": lambda n, f, m, z, r: n.HyperConnections(f, 0),
+    "number of streams": lambda n, f, m, z, r: n.HyperConnections(f, 3)(z(2, 3, 3)),
+    "width of streams": lambda n, f, m, z, r: n.HyperConnections(f, 3)(z(2, 4, 5)),
+    "head": lambda n, f, m, z, r: n.StreamHead(3, constraint="kron"),
+    "width of a head": lambda n, f, m, z, r: n.StreamHead(0),
+    "streams of a head": lambda n, f, m, z, r: n.StreamHead(3)(z(2, 3, 3)),
+    "connection": lambda n, f, m, z, r: m.MHCTransformer(5, connection="dense", **SHAPE, **r),
+    "residual options": lambda n, f, m, z, r: m.MHCTransformer(5, connection="residual", mode="hc", **SHAPE, **r),
+    "residual config": lambda n, f, m, z, r: m.MHCTransformer(5, connection="residual", config=3, **SHAPE, **r),
+    "other config": lambda n, f, m, z, r: m.MHCTransformer(5, connection="streams", config=3, **SHAPE, **r),
+    "other option": lambda n, f, m, z, r: m.MHCTransformer(5, connection="streams", mode="hc", **SHAPE, **r),
+    "heads": lambda n, f, m, z, r: m.MHCTransformer(5, **SHAPE | {"num_heads": 3}, **r),
+}
+
+
+def refused(call):
+    """Error and message, but for the way out (after the semicolon of shapes) and for fields of one package."""
+    try:
+        call()
+    except Exception as error:
+        message = str(error)
+        if "history has a state" in message:
+            message = message.split(";")[0]
+        for field in TORCH_ALONE:
+            message = message.replace(f"'{field}', ", "")
+        return type(error), message
+    return None
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_the_same_words(case):
+    ours, theirs = map(refused, both(BAD[case]))
+    assert ours is not None
+    assert ours == theirs
+
+
+def test_long_sequences():
+    ours = jax_models.MHCTransformer(5, **SHAPE, rngs=RNGS)
+    theirs = torch_models.MHCTransformer(5, **SHAPE)
+    tokens = zeros(1, 3)
+    assert refused(lambda: ours(tokens[0].astype(int))) == refused(lambda: theirs(tokens[1].long())) is not None
+
+
+def test_streams_of_a_stack():
+    ours = refused(lambda: jax_nn.StreamStack(None, 1, 17, rngs=RNGS))
+    assert ours == refused(lambda: torch_nn.StreamStack([], 17)) == refused(lambda: StreamConfig(17)) is not None
