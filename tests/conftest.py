@@ -3,7 +3,11 @@
 import os
 from pathlib import Path
 
+import jaxtyping
+import pytest
 from hypothesis import settings
+
+import tests.checked  # noqa: F401  (pytest is told its name, and does not import it)
 
 # Two xdist workers on two cores: one thread each, or they fight.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,3 +25,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The first example of a property compiles; and compiling is what most of a property's time goes into.
 settings.register_profile("compiled", deadline=None, max_examples=30)
 settings.load_profile("compiled")
+
+
+class _WrongOnPurpose:
+    """What `with pytest.raises(...)` hands over is wrong on purpose, and it is our own error that is asked for."""
+
+    enter, leave = pytest.RaisesExc.__enter__, pytest.RaisesExc.__exit__
+
+    def __enter__(self):
+        self.checked_before = not jaxtyping.config.jaxtyping_disable
+        jaxtyping.config.update("jaxtyping_disable", True)
+        return _WrongOnPurpose.enter(self)
+
+    def __exit__(self, *error):
+        jaxtyping.config.update("jaxtyping_disable", not self.checked_before)
+        return _WrongOnPurpose.leave(self, *error)
+
+
+pytest.RaisesExc.__enter__, pytest.RaisesExc.__exit__ = _WrongOnPurpose.__enter__, _WrongOnPurpose.__exit__
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """No annotation is checked: torch.compile would trace the checks, and count them as breaks of its graph."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -20,6 +20,9 @@ from mhc_jax.traced import Traced, trace
 Params = Any
 """A pytree of arrays."""
 
+Keys = Any
+"""A pytree of keys and of what goes with them, such as the random streams of an `nnx` module."""
+
 
 def apply_layers_reference(
     branch: Callable[..., State],
@@ -29,7 +32,7 @@ def apply_layers_reference(
     config: MHCConfig = DEFAULTS,
     *,
     gate_logits: Float[Array, "L"] | None = None,
-    keys: Key[Array, "L"] | None = None,
+    keys: Keys = None,
     mixing_key: Key[Array, ""] | None = None,
     policy: Callable[..., bool] | None = None,
 ) -> State:
@@ -60,7 +63,7 @@ def apply_layers(
     config: MHCConfig = DEFAULTS,
     *,
     gate_logits: Float[Array, "L"] | None = None,
-    keys: Key[Array, "L"] | None = None,
+    keys: Keys = None,
     mixing_key: Key[Array, ""] | None = None,
     policy: Callable[..., bool] | None = None,
 ) -> State:
@@ -78,7 +81,7 @@ def apply_layers(
         logits: Mixing logits of every layer; None in mode ``"residual"``, which has none.
         config: How to mix; see ``MHCConfig``.
         gate_logits: Required if and only if ``config.use_gating``.
-        keys: One key for each layer, for a branch with dropout.
+        keys: One key for each layer, (L,), for a branch with dropout; or a pytree with such leaves.
         mixing_key: Draws the noise of ``config.stochastic``; leave it out for evaluation.
         policy: What of a branch to keep for the backward pass (``jax.checkpoint_policies``); the default keeps
             everything that its derivative needs. ``nothing_saveable`` keeps states alone, and runs branches twice.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor, nn
 
 from mhc_torch import _private, native
@@ -21,7 +21,7 @@ class Tape:
         alone: whether x is the only state that the first layer mixes. If not, layers mix one by one.
     """
 
-    def __init__(self, x: Float[Tensor, "*shape"], weights: Float[Tensor, "L H"], *, alone: bool) -> None:
+    def __init__(self, x: Inexact[Tensor, "*shape"], weights: Float[Tensor, "L H"], *, alone: bool) -> None:
         self.weights = weights
         self.layer = 0
         # The states follow upon each other: what a layer calls its latest state is what the layer before it made.
@@ -37,7 +37,7 @@ class Tape:
             elif _private.PASSES_ARE_KNOWN:
                 self.nodes = Nodes(weights)
 
-    def mix(self, branch: Float[Tensor, "*shape"], window: Sequence[Tensor]) -> Float[Tensor, "*shape"]:
+    def mix(self, branch: Inexact[Tensor, "*shape"], window: Sequence[Tensor]) -> Inexact[Tensor, "*shape"]:
         """The next state: `branch`, the output of the next layer, and the weighted sum of the states in `window`.
 
         Raises:

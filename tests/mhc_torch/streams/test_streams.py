@@ -120,6 +120,7 @@ def test_autocast_leaves_maps_and_streams_in_float32():
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
+@pytest.mark.usefixtures("unchecked")
 def test_compiles_as_one_graph_exports_and_copies(constraint):
     layer = random_layer(StreamConfig(4, constraint, iterations=3), dtype=torch.float32)
     x = torch.randn(2, 3, 4, 5, requires_grad=True)
