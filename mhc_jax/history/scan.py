@@ -15,7 +15,7 @@ from mhc_jax.history.config import DEFAULTS, MHCConfig
 from mhc_jax.history.mixing import floating, mixing_weights, weighted_sum
 from mhc_jax.history.window import State
 from mhc_jax.monitoring.nonfinite import expect_finite
-from mhc_jax.traced import Traced, trace
+from mhc_jax.traced import Shared, Traced, trace
 
 Params = Any
 """A pytree of arrays."""
@@ -154,7 +154,7 @@ def _stack_weights(
 
 def _close(
     branch: Callable[..., State], layers: Any, x: State, policy: Callable[..., bool] | None
-) -> tuple[Traced, list[Array]]:
+) -> tuple[Traced, Shared]:
     """The branch as ``function(shared, (params_l, key_l, l), x)``, with all that it closed over made explicit.
 
     A custom derivative sees its arguments only; and of what it sees as an argument, nothing is stored for every layer.
@@ -205,7 +205,7 @@ _compiled = partial(jax.jit, static_argnums=0, inline=True)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 @_compiled
-def _layers(stack: _Stack, shared: list[Array], layers: Any, x: State, weights: Array) -> State:
+def _layers(stack: _Stack, shared: Shared, layers: Any, x: State, weights: Array) -> State:
     # With no backward pass to come, the states go round in a ring as wide as the window.
     depth, width = weights.shape
     layer = np.arange(depth)[:, None]
@@ -223,7 +223,7 @@ def _layers(stack: _Stack, shared: list[Array], layers: Any, x: State, weights: 
 
 
 @_compiled
-def _layers_fwd(stack: _Stack, shared: list[Array], layers: Any, x: State, weights: Array) -> tuple[State, Any]:
+def _layers_fwd(stack: _Stack, shared: Shared, layers: Any, x: State, weights: Array) -> tuple[State, Any]:
     depth, width = weights.shape
     layer = np.arange(depth)[:, None]
     held = np.maximum(layer - width + 1, 0) + np.arange(width)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mhc_jax.traced import Traced, trace
+from mhc_jax.traced import Shared, Traced, trace
 
 
 def apply_layers(
@@ -49,7 +49,7 @@ def apply_layers(
 
 # Compiled, so that a call outside jit finds what an earlier one compiled; not inline, so that its derivative does too.
 @partial(jax.jit, static_argnums=(0, 1))
-def _scan(function: Traced, block_length: int, shared: list[Array], params: Any, streams: Array) -> Array:
+def _scan(function: Traced, block_length: int, shared: Shared, params: Any, streams: Array) -> Array:
     def step(streams: Array, params: Any) -> tuple[Array, None]:
         return function(shared, params, streams), None
 
