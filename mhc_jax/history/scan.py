@@ -160,7 +160,7 @@ def _close(
     A custom derivative sees its arguments only; and of what it sees as an argument, nothing is stored for every layer.
     """
 
-    def call(layer: tuple[Params, Array | None, Array], x: State) -> State:
+    def call(layer: tuple[Params, Keys, Array], x: State) -> State:
         layer_params, key, index = layer
         y = branch(layer_params, x) if key is None else branch(layer_params, x, key)
         if jax.tree.map(jnp.shape, y) != jax.tree.map(jnp.shape, x):

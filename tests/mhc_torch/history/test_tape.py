@@ -371,6 +371,7 @@ def test_a_pass_that_fails_keeps_nothing():
     assert not layers
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of checks of shapes, which are as they were
 @pytest.mark.usefixtures("unchecked")
 def test_tracers_see_every_operation():
     stack, x, other = stack_of(4, max_history=3), torch.randn(2, 3, dtype=F64), torch.randn(2, 3, dtype=F64)
