@@ -1,7 +1,9 @@
 """Settings that must stand before jax or torch is first imported, in this process and in every worker."""
 
 import os
+import sys
 from pathlib import Path
+from types import FunctionType
 
 import jaxtyping
 import pytest
@@ -47,5 +49,23 @@ pytest.RaisesExc.__enter__, pytest.RaisesExc.__exit__ = _WrongOnPurpose.__enter_
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """No annotation is checked: torch.compile would trace the checks, and count them as breaks of its graph."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    """Functions as they are written, without the checks of annotations, which `torch.compile` would have to trace."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # where somebody else holds a function
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] not in ("mhc_jax", "mhc_torch", "bridge"):
+            continue
+        own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == name]
+        for owner in (module, *own):
+            for attribute, value in list(vars(owner).items()):
+                if (plain := _plain(value)) is not value:
+                    monkeypatch.setattr(owner, attribute, plain)
+
+
+def _plain(value):
+    """What jaxtyping has wrapped."""
+    if isinstance(value, property):
+        return value if (get := _plain(value.fget)) is value.fget else property(get, value.fset, value.fdel)
+    if isinstance(value, (staticmethod, classmethod)):
+        return value if (plain := _plain(value.__func__)) is value.__func__ else type(value)(plain)
+    checks = isinstance(value, FunctionType) and value.__globals__["__name__"] == jaxtyping.jaxtyped.__module__
+    return value.__wrapped__ if checks else value
