@@ -12,6 +12,9 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import Array
 
+Shared = list[Array | np.ndarray]
+"""What a function closed over: arrays, and tables of numbers that JAX leaves to numpy."""
+
 _SMALL = 1024
 
 
@@ -25,7 +28,7 @@ class Traced:
         self._jaxpr, self._tree, self._key = jaxpr, tree, key
         self._hash = hash(key)
 
-    def __call__(self, shared: list[Array], *args: Any) -> Any:
+    def __call__(self, shared: Shared, *args: Any) -> Any:
         leaves = jax.core.eval_jaxpr(self._jaxpr, shared, *jax.tree.leaves(args))
         return jax.tree.unflatten(self._tree, leaves)
 
@@ -36,7 +39,7 @@ class Traced:
         return isinstance(other, Traced) and self._key == other._key
 
 
-def trace(function: Callable[..., Any], *args: Any, source: Any = None) -> tuple[Traced, list[Array]]:
+def trace(function: Callable[..., Any], *args: Any, source: Any = None) -> tuple[Traced, Shared]:
     """`function` for arguments like `args`, and the arrays that it closed over, which are the `shared` of its calls.
 
     Traced anew at each call, so that what is closed over is what it is now.
@@ -56,7 +59,7 @@ def trace(function: Callable[..., Any], *args: Any, source: Any = None) -> tuple
     return Traced(closed.jaxpr, tree, key), closed.consts
 
 
-def _derivative_key(traced: Traced, shared: list[Array], args: Any, out: Any, source: Any) -> Any:
+def _derivative_key(traced: Traced, shared: Shared, args: Any, out: Any, source: Any) -> Any:
     """Stands for the derivative rules in `traced`, which are functions and cannot be compared: what they compute."""
 
     def pullback(function: Callable[..., Any]) -> Callable[..., list[Any]]:
@@ -68,9 +71,8 @@ def _derivative_key(traced: Traced, shared: list[Array], args: Any, out: Any, so
 
     try:
         closed = jax.make_jaxpr(pullback(traced))(out, shared, *args)
-    except (
-        Exception
-    ):  # a rule has no derivative by what it closed over, such as a table; JAX's error has no public class
+    except Exception:
+        # A rule has no derivative by a table that it closed over; JAX's error for that has no public class.
         try:
             closed = jax.make_jaxpr(pullback(lambda *args: traced(shared, *args)))(out, *args)
         except (TypeError, ValueError, NotImplementedError):

@@ -1,9 +1,15 @@
 """Settings that must stand before jax or torch is first imported, in this process and in every worker."""
 
 import os
+import sys
 from pathlib import Path
+from types import FunctionType
 
+import jaxtyping
+import pytest
 from hypothesis import settings
+
+import tests.checked  # noqa: F401  (pytest is told its name, and does not import it)
 
 # Two xdist workers on two cores: one thread each, or they fight.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,3 +27,45 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The first example of a property compiles; and compiling is what most of a property's time goes into.
 settings.register_profile("compiled", deadline=None, max_examples=30)
 settings.load_profile("compiled")
+
+
+class _WrongOnPurpose:
+    """What `with pytest.raises(...)` hands over is wrong on purpose, and it is our own error that is asked for."""
+
+    enter, leave = pytest.RaisesExc.__enter__, pytest.RaisesExc.__exit__
+
+    def __enter__(self):
+        self.checked_before = not jaxtyping.config.jaxtyping_disable
+        jaxtyping.config.update("jaxtyping_disable", True)
+        return _WrongOnPurpose.enter(self)
+
+    def __exit__(self, *error):
+        jaxtyping.config.update("jaxtyping_disable", not self.checked_before)
+        return _WrongOnPurpose.leave(self, *error)
+
+
+pytest.RaisesExc.__enter__, pytest.RaisesExc.__exit__ = _WrongOnPurpose.__enter__, _WrongOnPurpose.__exit__
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Functions as they are written, without the checks of annotations, which `torch.compile` would have to trace."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # where somebody else holds a function
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] not in ("mhc_jax", "mhc_torch", "bridge"):
+            continue
+        own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == name]
+        for owner in (module, *own):
+            for attribute, value in list(vars(owner).items()):
+                if (plain := _plain(value)) is not value:
+                    monkeypatch.setattr(owner, attribute, plain)
+
+
+def _plain(value):
+    """What jaxtyping has wrapped."""
+    if isinstance(value, property):
+        return value if (get := _plain(value.fget)) is value.fget else property(get, value.fset, value.fdel)
+    if isinstance(value, (staticmethod, classmethod)):
+        return value if (plain := _plain(value.__func__)) is value.__func__ else type(value)(plain)
+    checks = isinstance(value, FunctionType) and value.__globals__["__name__"] == jaxtyping.jaxtyped.__module__
+    return value.__wrapped__ if checks else value

@@ -15,10 +15,13 @@ from mhc_jax.history.config import DEFAULTS, MHCConfig
 from mhc_jax.history.mixing import floating, mixing_weights, weighted_sum
 from mhc_jax.history.window import State
 from mhc_jax.monitoring.nonfinite import expect_finite
-from mhc_jax.traced import Traced, trace
+from mhc_jax.traced import Shared, Traced, trace
 
 Params = Any
 """A pytree of arrays."""
+
+Keys = Any
+"""A pytree of keys and of what goes with them, such as the random streams of an `nnx` module."""
 
 
 def apply_layers_reference(
@@ -29,7 +32,7 @@ def apply_layers_reference(
     config: MHCConfig = DEFAULTS,
     *,
     gate_logits: Float[Array, "L"] | None = None,
-    keys: Key[Array, "L"] | None = None,
+    keys: Keys = None,
     mixing_key: Key[Array, ""] | None = None,
     policy: Callable[..., bool] | None = None,
 ) -> State:
@@ -60,7 +63,7 @@ def apply_layers(
     config: MHCConfig = DEFAULTS,
     *,
     gate_logits: Float[Array, "L"] | None = None,
-    keys: Key[Array, "L"] | None = None,
+    keys: Keys = None,
     mixing_key: Key[Array, ""] | None = None,
     policy: Callable[..., bool] | None = None,
 ) -> State:
@@ -78,7 +81,7 @@ def apply_layers(
         logits: Mixing logits of every layer; None in mode ``"residual"``, which has none.
         config: How to mix; see ``MHCConfig``.
         gate_logits: Required if and only if ``config.use_gating``.
-        keys: One key for each layer, for a branch with dropout.
+        keys: One key for each layer, (L,), for a branch with dropout; or a pytree with such leaves.
         mixing_key: Draws the noise of ``config.stochastic``; leave it out for evaluation.
         policy: What of a branch to keep for the backward pass (``jax.checkpoint_policies``); the default keeps
             everything that its derivative needs. ``nothing_saveable`` keeps states alone, and runs branches twice.
@@ -151,13 +154,13 @@ def _stack_weights(
 
 def _close(
     branch: Callable[..., State], layers: Any, x: State, policy: Callable[..., bool] | None
-) -> tuple[Traced, list[Array]]:
+) -> tuple[Traced, Shared]:
     """The branch as ``function(shared, (params_l, key_l, l), x)``, with all that it closed over made explicit.
 
     A custom derivative sees its arguments only; and of what it sees as an argument, nothing is stored for every layer.
     """
 
-    def call(layer: tuple[Params, Array | None, Array], x: State) -> State:
+    def call(layer: tuple[Params, Keys, Array], x: State) -> State:
         layer_params, key, index = layer
         y = branch(layer_params, x) if key is None else branch(layer_params, x, key)
         if jax.tree.map(jnp.shape, y) != jax.tree.map(jnp.shape, x):
@@ -202,7 +205,7 @@ _compiled = partial(jax.jit, static_argnums=0, inline=True)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 @_compiled
-def _layers(stack: _Stack, shared: list[Array], layers: Any, x: State, weights: Array) -> State:
+def _layers(stack: _Stack, shared: Shared, layers: Any, x: State, weights: Array) -> State:
     # With no backward pass to come, the states go round in a ring as wide as the window.
     depth, width = weights.shape
     layer = np.arange(depth)[:, None]
@@ -220,7 +223,7 @@ def _layers(stack: _Stack, shared: list[Array], layers: Any, x: State, weights: 
 
 
 @_compiled
-def _layers_fwd(stack: _Stack, shared: list[Array], layers: Any, x: State, weights: Array) -> tuple[State, Any]:
+def _layers_fwd(stack: _Stack, shared: Shared, layers: Any, x: State, weights: Array) -> tuple[State, Any]:
     depth, width = weights.shape
     layer = np.arange(depth)[:, None]
     held = np.maximum(layer - width + 1, 0) + np.arange(width)

@@ -26,7 +26,7 @@ class History:
     """
 
     window: State
-    count: Int[Array, ""]
+    count: Int[Array, ""] | Any  # jax.vmap and jax.tree.map make histories of other things, too
 
     @classmethod
     def create(cls, x: State, max_history: int) -> "History":

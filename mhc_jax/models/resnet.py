@@ -13,7 +13,6 @@ from mhc_jax.monitoring.connection import Shown, show_history
 from mhc_jax.monitoring.figures import history_figures
 from mhc_jax.monitoring.nonfinite import expect_finite
 from mhc_jax.nn.blocks import MHCBasicBlock, MHCBottleneck, conv, norm
-from mhc_jax.nn.conv import Image
 from mhc_jax.nn.errors import noted
 from mhc_jax.nn.skip import skip_gradient_norms, stack_weights
 from mhc_jax.options import resolve
@@ -81,7 +80,7 @@ class MHCResNet(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B num_classes"]:
         """Images, channels last, to class scores. A note on any error says in which block it came up."""
-        states: tuple[Image, ...] = (nnx.relu(self.bn1(self.conv1(x))),)
+        states: tuple[Array, ...] = (nnx.relu(self.bn1(self.conv1(x))),)
         expect_finite(states, "stem of MHCResNet")
         for index, block in enumerate(self.blocks):
             with noted(f"in block {index} ({type(block).__name__})"):

@@ -14,6 +14,7 @@ from flax import nnx
 from mhc_jax.monitoring.connection import connections
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """What a training loop logs to: a logger of Lightning, an `Experiment` of `mhc_torch.tracking`, or one's own."""
 

@@ -3,9 +3,10 @@
 from typing import Any
 
 from flax import nnx
+from jaxtyping import Array
 
 from mhc_jax.history.config import DEFAULTS, MHCConfig
-from mhc_jax.nn.conv import Image, fit
+from mhc_jax.nn.conv import Image, Output, fit
 from mhc_jax.nn.skip import MHCSkip
 from mhc_jax.options import resolve
 
@@ -30,14 +31,14 @@ class _Block(nnx.Module):
         )
         self.skip = MHCSkip(config=config, rngs=rngs)
 
-    def branch(self, x: Image) -> Image:
+    def branch(self, x: Image) -> Output:
         raise NotImplementedError
 
-    def __call__(self, x: Image) -> Image:
+    def __call__(self, x: Image) -> Output:
         """The block alone: the window holds `x` only, as in a plain ResNet."""
         return self.advance((x,))[-1]
 
-    def advance(self, states: tuple[Image, ...]) -> tuple[Image, ...]:
+    def advance(self, states: tuple[Array, ...]) -> tuple[Array, ...]:
         """The block in a model: past states, oldest first, the input last -> the same with the output.
 
         At most `max_history + 1` states come back, all of the output's shape.
@@ -94,7 +95,7 @@ class MHCBasicBlock(_Block):
         self.conv1, self.bn1 = conv(in_features, features, 3, strides, rngs), norm(features, rngs)
         self.conv2, self.bn2 = conv(features, features, 3, 1, rngs), norm(features, rngs)
 
-    def branch(self, x: Image) -> Image:
+    def branch(self, x: Image) -> Output:
         """f: (B, H, W, in_features) -> (B, H', W', features)."""
         return self.bn2(self.conv2(nnx.relu(self.bn1(self.conv1(x)))))
 
@@ -147,7 +148,7 @@ class MHCBottleneck(_Block):
         self.conv2, self.bn2 = conv(features, features, 3, strides, rngs), norm(features, rngs)
         self.conv3, self.bn3 = conv(features, wide, 1, 1, rngs), norm(wide, rngs)
 
-    def branch(self, x: Image) -> Image:
+    def branch(self, x: Image) -> Output:
         """f: (B, H, W, in_features) -> (B, H', W', 4 * features)."""
         x = nnx.relu(self.bn1(self.conv1(x)))
         return self.bn3(self.conv3(nnx.relu(self.bn2(self.conv2(x)))))

@@ -12,9 +12,10 @@ from mhc_jax.nn.skip import MHCSkip
 from mhc_jax.options import resolve
 
 Image = Float[Array, "B *spatial C"]
+Output = Float[Array, "B *out_spatial out_C"]
 
 
-def fit(states: Sequence[Image], project: Callable[[Image], Image] | None) -> list[Image]:
+def fit(states: Sequence[Image], project: Callable[[Image], Output] | None) -> list[Output]:
     """The window as the output of a layer sees it: itself, or all of it mapped to the new shape in one go."""
     if project is None:
         return list(states)
@@ -83,11 +84,11 @@ class MHCConv(nnx.Module):
         )
         self.skip = MHCSkip(config=config, rngs=rngs)
 
-    def __call__(self, x: Image) -> Image:
+    def __call__(self, x: Image) -> Output:
         """The layer alone: the window holds `x` only."""
         return self.advance((x,))[-1]
 
-    def advance(self, states: tuple[Image, ...]) -> tuple[Image, ...]:
+    def advance(self, states: tuple[Array, ...]) -> tuple[Array, ...]:
         """The layer in a model: past states, oldest first, the input last -> the same with the output.
 
         At most `max_history + 1` states come back, all of the output's shape.

@@ -154,7 +154,7 @@ class MHCSkip(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "*shape"], history: Sequence[Float[Array, "*shape"]] | History
+        self, x: Float[Array, "*shape"], history: Sequence[Float[Array, "..."]] | History
     ) -> Float[Array, "*shape"]:
         """Adds the mixed history to the branch output `x`.
 

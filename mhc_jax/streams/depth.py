@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mhc_jax.traced import Traced, trace
+from mhc_jax.traced import Shared, Traced, trace
 
 
 def scan_layers(
@@ -72,7 +72,7 @@ def _scan(
     function: Traced,
     block_length: int,
     wide: tuple[tuple[int, ...], ...],
-    shared: list[Array],
+    shared: Shared,
     params: Any,
     carry: Any,
 ) -> Any:

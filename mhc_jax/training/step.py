@@ -37,7 +37,7 @@ class TrainState:
         graphdef: the structure of the model; static under jit.
     """
 
-    step: Int[Array, ""]
+    step: Int[Array, ""] | Any  # jax.tree.map makes states of shapes and of shardings, too
     params: nnx.State
     rest: nnx.State
     opt_state: optax.OptState

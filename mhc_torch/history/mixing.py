@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from mhc_torch.history import ways
@@ -12,8 +12,8 @@ from mhc_torch.history.ways import Way
 
 
 def mix(
-    x: Float[Tensor, "*shape"], states: Sequence[Float[Tensor, "*shape"]], weights: Sequence[Float[Tensor, ""]]
-) -> Float[Tensor, "*shape"]:
+    x: Inexact[Tensor, "*shape"], states: Sequence[Inexact[Tensor, "*shape"]], weights: Sequence[Float[Tensor, ""]]
+) -> Inexact[Tensor, "*shape"]:
     """x + sum_k weights[k] * states[k], in the widest dtype of x and the states; the weights do not widen it.
 
     Raises:

@@ -137,7 +137,7 @@ def _end(past: _Pass) -> None:
     """What the engine calls when a pass has ended."""
 
 
-def _by_slot(weights: Float[Tensor, "L H"]) -> Float[Tensor, "L+ 1 H"]:
+def _by_slot(weights: Float[Tensor, "L H"]) -> Float[Tensor, "rows 1 H"]:
     """Row l holds the weight of state l in layer j, for each j that mixes it, at j's slot among the cotangents.
 
     These are weights[l + i, H - 1 - i], in slot (l + i) mod H: of the row written twice, the H entries that begin

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from mhc_torch import native
@@ -21,7 +21,7 @@ class Tape:
         alone: whether x is the only state that the first layer mixes. If not, layers mix one by one.
     """
 
-    def __init__(self, x: Float[Tensor, "*shape"], weights: Float[Tensor, "L H"], *, alone: bool) -> None:
+    def __init__(self, x: Inexact[Tensor, "*shape"], weights: Float[Tensor, "L H"], *, alone: bool) -> None:
         self.weights = weights
         self.layer = 0
         # The states follow upon each other: what a layer calls its latest state is what the layer before it made.
@@ -33,7 +33,7 @@ class Tape:
             made_by: Any = native.nodes() if way is Way.COMPILED else nodes
             self.nodes = made_by.Nodes(weights)
 
-    def mix(self, branch: Float[Tensor, "*shape"], window: Sequence[Tensor]) -> Float[Tensor, "*shape"]:
+    def mix(self, branch: Inexact[Tensor, "*shape"], window: Sequence[Tensor]) -> Inexact[Tensor, "*shape"]:
         """The next state: `branch`, the output of the next layer, and the weighted sum of the states in `window`.
 
         Raises:

@@ -9,6 +9,8 @@ import importlib.machinery
 import importlib.util
 import os
 import platform
+import shlex
+import shutil
 import sys
 import tempfile
 import threading
@@ -64,6 +66,11 @@ def nodes() -> ModuleType | None:
         return _LOADED[file]
 
 
+def compiler() -> str | None:
+    """The C++ compiler: what the variable CXX names, with or without options, or c++. None if it is not there."""
+    return shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0])
+
+
 def build() -> Path:
     """Compile the nodes, unless that has been done; takes about half a minute.
 
@@ -76,6 +83,11 @@ def build() -> Path:
     file = library()
     if file.exists():
         return file
+    if compiler() is None:
+        raise RuntimeError(
+            f"{SOURCE.name} did not compile: there is no C++ compiler {os.environ.get('CXX') or 'c++'}; "
+            "install one, or let CXX name yours"
+        )
     from setuptools import Distribution
     from setuptools.errors import CompileError, LinkError
     from torch.utils.cpp_extension import BuildExtension, CppExtension

@@ -5,4 +5,6 @@ from mhc_torch.native import build
 try:
     print(build())
 except RuntimeError as error:
-    raise SystemExit(f"{error}\nmhc_torch works without it; a stack takes longer on a CPU.") from None
+    # In one line, since it stands among much else.
+    cost = "stacks of mhc_torch work without it, and take up to a quarter longer on a CPU"
+    raise SystemExit(f"{' '.join(str(error).split())}; {cost}") from None

@@ -10,6 +10,7 @@ from mhc_torch.nn.compatible import mhc_compatible
 from mhc_torch.nn.shared_history import SharedHistory, first_window, live_window, span_forwards
 from mhc_torch.nn.skip import MHCSkip
 
+Input = Float[Tensor, "batch in_channels in_height in_width"]
 Image = Float[Tensor, "batch channels height width"]
 M = TypeVar("M", bound=nn.Module)
 # The options that blocks take by position, in the order of the `mhc` package.
@@ -30,7 +31,7 @@ class _HistoryBlock(nn.Module):
         self.history_buffer = SharedHistory(config=config)
         self.shares_history = False
 
-    def _mix(self, branch: Image, x: Image, shortcut: nn.Module | None, activation: nn.Module | None = None) -> Image:
+    def _mix(self, branch: Image, x: Input, shortcut: nn.Module | None, activation: nn.Module | None = None) -> Image:
         history = self.history_buffer
         if shortcut is not None:
             x = shortcut(x)
@@ -109,7 +110,7 @@ class MHCConv2d(_HistoryBlock):
         if self.needs_projection:
             self.projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
-    def forward(self, x: Image) -> Image:
+    def forward(self, x: Input) -> Image:
         """(B, in_channels, H, W) to (B, out_channels, H', W'), as torch.nn.Conv2d."""
         return self._mix(self.conv(x), x, self.projection if self.needs_projection else None)
 
@@ -150,7 +151,7 @@ class MHCBasicBlock(_HistoryBlock):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.downsample = _downsample(in_channels, out_channels, stride)
 
-    def forward(self, x: Image) -> Image:
+    def forward(self, x: Input) -> Image:
         """(B, in_channels, H, W) to (B, out_channels, H / stride, W / stride), rounded up."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
@@ -199,7 +200,7 @@ class MHCBottleneck(_HistoryBlock):
         self.relu = nn.ReLU()
         self.downsample = _downsample(in_channels, expanded, stride)
 
-    def forward(self, x: Image) -> Image:
+    def forward(self, x: Input) -> Image:
         """(B, in_channels, H, W) to (B, 4 * out_channels, H / stride, W / stride), rounded up."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))

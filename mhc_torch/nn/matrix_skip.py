@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor, nn
 
 from mhc_torch.history.config import MATRIX_DEFAULTS, MatrixConfig
@@ -84,8 +84,8 @@ class MatrixMHCSkip(nn.Module):
         return self.mixing_matrix(k)[-1] if k else self.mixing_logits.new_empty(0)
 
     def forward(
-        self, x: Float[Tensor, "*shape"], history: Sequence[Float[Tensor, "*shape"]]
-    ) -> Float[Tensor, "*shape"]:
+        self, x: Inexact[Tensor, "*shape"], history: Sequence[Inexact[Tensor, "*shape"]]
+    ) -> Inexact[Tensor, "*shape"]:
         """Add the mixed history to the branch output `x`; with an empty history the output equals `x`.
 
         Raises:

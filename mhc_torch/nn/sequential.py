@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -88,7 +88,7 @@ class MHCSequential(nn.Module):
         self.clear_history_each_forward = config.clear_history_each_forward
         self.use_checkpointing = use_checkpointing
 
-    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def forward(self, x: Inexact[Tensor, "..."]) -> Inexact[Tensor, "..."]:
         """The last state.
 
         Raises:
@@ -130,7 +130,7 @@ class MHCSequential(nn.Module):
             step[-1, window - len(alpha) :] = alpha
         return maps
 
-    def _tape(self, x: Float[Tensor, "*shape"], states: int) -> Tape | None:
+    def _tape(self, x: Inexact[Tensor, "*shape"], states: int) -> Tape | None:
         """The logits of all layers, projected at once; the first layer sees so many `states`, each next one more.
 
         None where they cannot be: skips that no longer share their settings project for themselves, and so do those

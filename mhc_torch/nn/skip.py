@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor, nn
 
 from mhc_torch.history.config import MHCConfig, resolve_config
@@ -149,10 +149,10 @@ class MHCSkip(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "*shape"],
-        history: Sequence[Float[Tensor, "*shape"]],
+        x: Inexact[Tensor, "*shape"],
+        history: Sequence[Tensor],
         tape: Tape | None = None,
-    ) -> Float[Tensor, "*shape"]:
+    ) -> Inexact[Tensor, "*shape"]:
         """Add the mixed history to the branch output `x`.
 
         Args:

@@ -66,6 +66,7 @@ def test_function_transforms() -> None:
     torch.testing.assert_close(torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(x), -torch.sin(x))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_one_opaque_operation_under_torch_compile() -> None:
     function = JaxFunction(twisted)
     x, w = tensors((4, 4), (4, 4))

@@ -91,6 +91,7 @@ def test_7_projections_train_and_load():
 
 
 @pytest.mark.parametrize("settings", [{}, {"prune_threshold": 0.1, "constraint": "sparse"}, {"mode": "residual"}])
+@pytest.mark.usefixtures("unchecked")
 def test_8_compiles_and_exports_whole(settings):
     """Published: `if alpha < threshold` breaks torch.compile(fullgraph=True) and torch.export."""
     stack = mlp(4, init="uniform", **settings)
@@ -104,6 +105,7 @@ def test_8_compiles_and_exports_whole(settings):
         assert stack.skip_layers[-1].mixing_logits.grad.abs().max() > 0
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_8_compiled_code_serves_every_step():
     """One graph for training: no recompilation from one call to the next."""
     stack = mlp(3)

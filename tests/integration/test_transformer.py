@@ -60,6 +60,7 @@ def test_options_of_another_connection_are_refused():
         TorchTransformer(256, connection="dense", **SHAPE)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_torch_twin_compiles_as_one_graph():
     torch.manual_seed(0)
     model = TorchTransformer(256, connection="streams", **SHAPE)

@@ -1,7 +1,5 @@
 """What tests of several files share."""
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from mhc_torch import native
 @pytest.fixture(scope="session")
 def compiled_nodes() -> Path:
     """The nodes of stacks in C++. Where there is a compiler they must compile."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
+    if native.compiler() is None:
         pytest.skip("there is no C++ compiler")
     return native.build()
 

@@ -86,6 +86,7 @@ def test_trains_saves_loads_copies_and_pickles(architecture):
         torch.testing.assert_close(run(model, inputs), output)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_compiles_and_exports_whole(architecture):
     model, inputs, target, _ = architecture
     inject_mhc(model, **target)

@@ -1,5 +1,8 @@
 """Compiling the nodes of a tape. That they compute what the ones in Python do is in test_tape.py."""
 
+import re
+import runpy
+
 import pytest
 import torch
 
@@ -25,6 +28,24 @@ def test_without_a_compiler(empty_cache, monkeypatch):
     for name in ("CC", "CXX"):
         monkeypatch.setenv(name, "/no/such/compiler")
     with pytest.raises(RuntimeError, match=r"nodes\.cpp did not compile.*/no/such/compiler"):
+        native.build()
+    assert not empty_cache.exists()
+
+
+def test_the_command_says_in_one_line_why_there_are_none_and_what_that_costs(empty_cache, monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler --quick")
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("mhc_torch.native", run_name="__main__")
+    assert re.fullmatch(r"nodes\.cpp did not compile.*/no/such/compiler.*longer on a CPU", stopped.value.code)
+
+
+def test_what_the_compiler_refuses_is_an_error(empty_cache, monkeypatch, tmp_path):
+    source = tmp_path / "nodes.cpp"
+    source.write_text("no C++")
+    monkeypatch.setattr(native, "SOURCE", source)
+    if native.compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    with pytest.raises(RuntimeError, match=r"nodes\.cpp did not compile into"):
         native.build()
     assert not list(empty_cache.iterdir())
 

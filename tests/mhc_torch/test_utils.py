@@ -61,6 +61,7 @@ def test_autocast_works_on_the_cpu():
     assert nn.Linear(2, 2)(torch.randn(1, 2)).dtype == torch.float32
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_compiled_models_keep_their_methods():
     model = MHCSequential([nn.Linear(4, 4)])
     compiled = compile_model(model, backend="eager", fullgraph=True)
@@ -70,12 +71,12 @@ def test_compiled_models_keep_their_methods():
 
 
 def test_lists_of_states():
-    a, b = torch.zeros(1), torch.ones(1)
+    a, b, c = torch.zeros(1), torch.ones(1), torch.full((1,), 2.0)
     assert ensure_list(a) == [a]
     assert ensure_list((a, b)) == [a, b]
-    assert get_last_k([1, 2, 3], 2) == [2, 3]
-    assert get_last_k([1], 4) == [1]
-    assert get_last_k([1, 2], 0) == []
+    assert get_last_k([a, b, c], 2) == [b, c]
+    assert get_last_k([a], 4) == [a]
+    assert get_last_k([a, b], 0) == []
     with pytest.raises(ValueError, match="k must not be negative"):
-        get_last_k([1], -1)
+        get_last_k([a], -1)
     assert get_logger("mhc.x").name == "mhc.x"

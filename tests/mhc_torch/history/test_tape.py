@@ -372,9 +372,13 @@ def test_a_pass_that_fails_keeps_nothing():
     assert not layers
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of checks of shapes, which are as they were
+@pytest.mark.usefixtures("unchecked")
 def test_tracers_see_every_operation():
     stack, x, other = stack_of(4, max_history=3), torch.randn(2, 3, dtype=F64), torch.randn(2, 3, dtype=F64)
-    for traced in (torch.jit.trace(stack, x), make_fx(stack)(x)):
+    with pytest.deprecated_call(match=r"torch\.jit\.trace"):
+        scripted = torch.jit.trace(stack, x)
+    for traced in (scripted, make_fx(stack)(x)):
         torch.testing.assert_close(traced(other), stack(other))
 
 

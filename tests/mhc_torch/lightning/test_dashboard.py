@@ -178,6 +178,7 @@ def test_bfloat16_autocast(tmp_path):
     assert set(pictures) == {0, 1, 2, 3}
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_compiled_module_has_the_keys_and_weights_of_a_plain_one(tmp_path):
     plain, _ = dashboard_of(tmp_path / "plain")
     model = Classifier(wrap=lambda net: torch.compile(net, backend="aot_eager", fullgraph=True))

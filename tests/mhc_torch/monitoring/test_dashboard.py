@@ -91,7 +91,8 @@ def test_save_path_writes_the_picture_and_nothing_else(tmp_path):
     figure = plot_mixing_weights(stack(), save_path=tmp_path / "weights.png", figsize=(4, 3))
     assert figure.get_size_inches().tolist() == [4, 3]
     assert [path.name for path in tmp_path.iterdir()] == ["weights.png"]
-    assert Image.open(tmp_path / "weights.png").size == (600, 450)
+    with Image.open(tmp_path / "weights.png") as picture:
+        assert picture.size == (600, 450)
 
 
 def test_a_model_without_history_cannot_be_drawn():

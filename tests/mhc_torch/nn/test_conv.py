@@ -58,6 +58,7 @@ def test_shared_history_lasts_one_forward():
     torch.testing.assert_close(model(x[:1]), model(x)[:1])
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_compiles_and_exports_whole():
     model = share_history(resnet()).eval()
     x = torch.randn(2, 3, 8, 8)

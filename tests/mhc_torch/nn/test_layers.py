@@ -152,6 +152,7 @@ def test_a_tiny_temperature_picks_the_largest_logit(constraint):
     assert skip.mixing_weights().tolist() == [0.0, 1.0, 0.0]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_stack_of_no_layers_is_the_identity():
     x = torch.randn(2, 3, requires_grad=True)
     stack = MHCSequential([])
