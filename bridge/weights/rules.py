@@ -136,12 +136,14 @@ class Rule:
         entries: leaves and children whose names or layouts differ, or a function of the two modules that gives them.
         settings: hyperparameters that must agree.
         jax_only, torch_only: leaves without a counterpart that carry no weight, such as a counter of batches.
+        cancellation: how much less exact than its input the module's result is, or None; see `register`.
     """
 
     entries: tuple[Entry, ...] | Callable[[Any, Any], tuple[Entry, ...]] = ()
     settings: tuple[Setting, ...] = ()
     jax_only: tuple[str, ...] = ()
     torch_only: tuple[str, ...] = ()
+    cancellation: Callable[[Any, Any], float] | None = None
 
     def of(self, jax_module: Any, torch_module: Any) -> tuple[Entry, ...]:
         """The entries for this very pair."""
@@ -149,6 +151,15 @@ class Rule:
 
 
 _rules: dict[tuple[type, type], Rule] = {}
+
+
+def cancellation(module: nn.Module, args: tuple[Any, ...]) -> float:
+    """How much less exact than its first argument the result of a torch module is, by the rules of its type."""
+    for base in type(module).__mro__:
+        for (_, torch_type), rule in _rules.items():
+            if torch_type is base and rule.cancellation is not None:
+                return max(1.0, rule.cancellation(module, args[0])) if args else 1.0
+    return 1.0
 
 
 def find(jax_type: type, torch_type: type) -> Rule | None:
@@ -165,6 +176,7 @@ def register(
     settings: tuple[Setting, ...] = (),
     jax_only: tuple[str, ...] = (),
     torch_only: tuple[str, ...] = (),
+    cancellation: Callable[[Any, Any], float] | None = None,
 ) -> None:
     """Declares how `jax_type` (an nnx.Module) and `torch_type` (a torch.nn.Module) map, replacing an earlier rule.
 
@@ -173,6 +185,9 @@ def register(
         by: instead of `entries`, a function (jax_module, torch_module) -> entries, where they depend on the modules.
         settings: hyperparameters that must agree for the same weights to mean the same function.
         jax_only, torch_only: names of leaves that have no counterpart and carry no weight.
+        cancellation: function (torch_module, its first argument) -> by which factor its result is less exact than that
+            argument, where nearly equal numbers are subtracted. Flax takes variances as E[x²] - E[x]²: so a
+            normalization over the last axis has `1 + max(mean² / (var + eps))`.
 
     Raises:
         TypeError: a type is not a module type of its framework.
@@ -184,4 +199,4 @@ def register(
         raise TypeError(f"torch_type must be a subclass of torch.nn.Module, not {torch_type!r}")
     if entries and by is not None:
         raise ValueError("give either entries or by=, not both")
-    _rules[jax_type, torch_type] = Rule(by or entries, settings, jax_only, torch_only)
+    _rules[jax_type, torch_type] = Rule(by or entries, settings, jax_only, torch_only, cancellation)

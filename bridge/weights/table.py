@@ -62,6 +62,28 @@ def _attention(_: nnx.MultiHeadAttention, module: nn.MultiheadAttention) -> tupl
     return tuple(entries)
 
 
+def _variance(module: nn.Module, groups: torch.Tensor) -> float:
+    """What a normalization of rows loses: Flax takes the variance as E[x²] - E[x]²."""
+    ratio = groups.mean(-1).square() / (groups.var(-1, unbiased=False) + module.eps)
+    return 1.0 + ratio.max().item() if ratio.numel() else 1.0
+
+
+def _layer_norm(module: nn.LayerNorm, x: torch.Tensor) -> float:
+    return _variance(module, x.flatten(-len(module.normalized_shape)))
+
+
+def _group_norm(module: nn.GroupNorm, x: torch.Tensor) -> float:
+    return _variance(module, x.reshape(len(x) * module.num_groups, -1))
+
+
+def _instance_norm(module: Any, x: torch.Tensor) -> float:
+    return _variance(module, x.flatten(2))
+
+
+def _batch_norm(module: Any, x: torch.Tensor) -> float:
+    return _variance(module, x.transpose(0, 1).flatten(1)) if module.training else 1.0
+
+
 _SCALE = Leaf("scale", "weight")
 _EPSILON = Setting("epsilon", lambda module: module.epsilon, _torch_epsilon)
 # Flax weighs the old value with `momentum`, torch the new one; torch has None for the mean over all batches.
@@ -71,10 +93,24 @@ _STRIDES, _DILATION = _per_axis("strides", "stride"), _per_axis("kernel_dilation
 register(nnx.Linear, nn.Linear, Leaf("kernel", "weight", "in out -> out in"))
 register(nnx.LinearGeneral, nn.Linear, by=_general)
 register(nnx.Embed, nn.Embedding, Leaf("embedding", "weight"))
-register(nnx.LayerNorm, nn.LayerNorm, _SCALE, settings=(_EPSILON,))
+register(nnx.LayerNorm, nn.LayerNorm, _SCALE, settings=(_EPSILON,), cancellation=_layer_norm)
 register(nnx.RMSNorm, nn.RMSNorm, _SCALE, settings=(_EPSILON,))
-register(nnx.GroupNorm, nn.GroupNorm, _SCALE, settings=(_EPSILON, _equal("num_groups", "num_groups")))
-register(nnx.MultiHeadAttention, nn.MultiheadAttention, by=_attention, settings=(_equal("num_heads", "num_heads"),))
+register(
+    nnx.GroupNorm,
+    nn.GroupNorm,
+    _SCALE,
+    settings=(_EPSILON, _equal("num_groups", "num_groups")),
+    cancellation=_group_norm,
+)
+for _instance in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d):
+    register(nnx.InstanceNorm, _instance, _SCALE, settings=(_EPSILON,), cancellation=_instance_norm)
+register(nnx.Dropout, nn.Dropout, settings=(_equal("rate", "p"),))
+register(
+    nnx.MultiHeadAttention,
+    nn.MultiheadAttention,
+    by=_attention,
+    settings=(_equal("num_heads", "num_heads"), _equal("dropout_rate", "dropout")),
+)
 
 for _conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
     _kernel = Leaf("kernel", "weight", "... in out -> out in ...")
@@ -88,6 +124,7 @@ for _norm in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
         *(_SCALE, Leaf("mean", "running_mean"), Leaf("var", "running_var")),
         settings=(_EPSILON, _MOMENTUM),
         torch_only=("num_batches_tracked",),
+        cancellation=_batch_norm,
     )
 
 
