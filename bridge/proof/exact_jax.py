@@ -136,6 +136,10 @@ def _is_float(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact)
 
 
+def _dtype(variable: Any) -> Any:
+    return getattr(variable.aval, "dtype", np.dtype(bool))  # a token has none
+
+
 def _double(dtype: Any) -> Any:
     if not _is_float(dtype):
         return dtype
@@ -152,8 +156,8 @@ def _coarsest(jaxpr: Any) -> float:
     for equation in jaxpr.eqns:
         for variable in equation.outvars:
             # A cotangent of type float0 and a random key are no numbers.
-            if jnp.issubdtype(getattr(variable.aval, "dtype", bool), jnp.floating):
-                found = max(found, epsilon(variable.aval.dtype))
+            if jnp.issubdtype(_dtype(variable), jnp.floating):
+                found = max(found, epsilon(_dtype(variable)))
         for inner in jaxprs_in_params(equation.params):
             found = max(found, _coarsest(inner))
     return found
@@ -167,7 +171,7 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Any, lift: Lift) -> list[
 
     def read(variable: Any) -> Any:
         if isinstance(variable, jex.Literal):
-            return lift.constant(np.asarray(variable.val, variable.aval.dtype))
+            return lift.constant(np.asarray(variable.val, _dtype(variable)))
         return values[variable]
 
     for i, equation in enumerate(jaxpr.eqns):
@@ -227,7 +231,7 @@ def _same(equation: Any, given: list[Any], lift: Lift) -> list[Any]:
 
 
 def _bits(equation: Any, given: list[Any], lift: Lift) -> list[Any]:
-    if _is_float(equation.invars[0].aval.dtype):
+    if _is_float(_dtype(equation.invars[0])):
         return _as_it_is(equation, given, lift)
     return [_up(r) for r in _bind(equation, given, equation.params)]  # the bits of an integer: exact
 
@@ -235,10 +239,7 @@ def _bits(equation: Any, given: list[Any], lift: Lift) -> list[Any]:
 def _as_it_is(equation: Any, given: list[Any], lift: Lift) -> list[Any]:
     """In the precision that it is fixed to."""
     lift.unlifted.add(equation.primitive.name)
-    own = [
-        x.astype(v.aval.dtype) if _is_float(getattr(v.aval, "dtype", bool)) else x
-        for x, v in zip(given, equation.invars, strict=True)
-    ]
+    own = [x.astype(_dtype(v)) if _is_float(_dtype(v)) else x for x, v in zip(given, equation.invars, strict=True)]
     return [_up(r) for r in _bind(equation, own, equation.params)]
 
 
@@ -266,7 +267,7 @@ def _plain(equation: Any, given: list[Any], lift: Lift) -> list[Any]:
 
 
 def _computes(equation: Any) -> bool:
-    return any(_is_float(getattr(v.aval, "dtype", bool)) for v in equation.outvars)
+    return any(_is_float(_dtype(v)) for v in equation.outvars)
 
 
 def _lifted(inner: Any, lift: Lift) -> Any:

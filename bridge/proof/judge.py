@@ -21,7 +21,7 @@ nothing is proved. So sensitivity never hides more than a millionth, whatever th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -166,6 +166,11 @@ def judge(
         ok=not problems,
         proved=proved,
     )
+
+
+def item(of: Callable[[T], Any], key: Any) -> Callable[[T], np.ndarray]:
+    """The function of a run that gives `of(run)[key]`."""
+    return lambda run: of(run)[key]
 
 
 def largest(array: np.ndarray) -> float:

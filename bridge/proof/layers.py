@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from flax import nnx
 
-import mhc_torch
 from bridge.proof.batch_norm import BatchNorms
 from bridge.proof.exact_jax import Lift
 from bridge.proof.exact_torch import Exact
-from bridge.proof.judge import AS_IT_IS, Layout, Runs, Values, epsilon, judge, largest, layout, reduction
+from bridge.proof.judge import AS_IT_IS, Layout, Runs, Values, epsilon, item, judge, largest, layout, reduction
 from bridge.proof.metrics import difference
 from bridge.proof.objective import torch_names
 from bridge.proof.record import (
@@ -44,6 +43,7 @@ from bridge.proof.unroll import unrolled
 from bridge.weights.arrays import to_numpy, to_torch
 from bridge.weights.leaves import join
 from bridge.weights.match import Link, ModulePair, match
+from bridge.weights.rules import terms
 
 _FLOAT32 = epsilon(np.float32)
 
@@ -197,7 +197,7 @@ class Layers:
         except NoReferenceError as error:
             self.alone[path] = str(error)
             return
-        yield from self._judge_alone(pair, runs, given, into, out)
+        yield from self._judge_alone(pair, runs, given, cotangents, into, out)
 
     def _pulls(
         self,
@@ -238,7 +238,13 @@ class Layers:
         return runs
 
     def _judge_alone(
-        self, pair: ModulePair, runs: Runs[Pull], given: list[np.ndarray], into: Sequence[Layout], out: Sequence[Layout]
+        self,
+        pair: ModulePair,
+        runs: Runs[Pull],
+        given: list[np.ndarray],
+        cotangents: list[np.ndarray],
+        into: Sequence[Layout],
+        out: Sequence[Layout],
     ) -> Iterator[Row]:
         t, t64 = runs.torch, runs.torch64
         module = self.torch.get_submodule(pair.torch)
@@ -252,19 +258,22 @@ class Layers:
         reference_eps = self.reference_eps
 
         for i, how in enumerate(out):
-            value = runs.values(lambda run, i=i: run.outputs[i], how=how)
+            value = runs.values(item(attrgetter("outputs"), i), how=how)
             yield judge("layer alone: value", pair.torch, pair.jax, value, n, 0.0, eps, reference_eps)
 
         scale = max([0.0, *(largest(g) for g in (*t64.inputs, *t64.parameters.values()))])
         for i, how in enumerate(into):
-            value = runs.values(lambda run, i=i: run.inputs[i], how=how)
+            value = runs.values(item(attrgetter("inputs"), i), how=how)
             yield judge("layer alone: gradient of input", pair.torch, pair.jax, value, total, scale, eps, reference_eps)
 
-        if isinstance(module, mhc_torch.MHCSkip | mhc_torch.MatrixMHCSkip):
-            # The logits' gradient is a difference of inner products of cotangent and states, which nearly cancel where
-            # one weight is close to 1: what counts is the rounding of those products, not the size of what is left.
-            products = np.linalg.norm(t64.inputs[0]) * max(np.linalg.norm(double(x)) for x in given)
-            scale = max(scale, float(products / np.sqrt(total)))
+        scale = max(
+            scale,
+            terms(
+                module,
+                [how[0](double(x)) for how, x in zip(into, given, strict=True)],
+                [how[0](double(c)) for how, c in zip(out, cotangents, strict=True)],
+            ),
+        )
         links = list(_links_below(self.links, pair))
         shapes = {name: tuple(leaf.shape) for name, leaf in module.state_dict().items()}
 
@@ -280,7 +289,7 @@ class Layers:
         ):
             for name in ours(runs.jax):
                 if name in theirs(t):
-                    value = runs.values(_item(ours, name), _item(theirs, name), AS_IT_IS)
+                    value = runs.values(item(ours, name), item(theirs, name), AS_IT_IS)
                     yield judge(check, join(pair.torch, name), pair.jax, value, total, size, eps, reference_eps)
 
     def _place(self, path: str) -> str:
@@ -330,10 +339,6 @@ def _layouts(jax_values: Sequence[np.ndarray], torch_values: Sequence[np.ndarray
         return None
     found = [layout(a, b) for a, b in zip(jax_values, torch_values, strict=True)]
     return None if None in found else [how for how in found if how]
-
-
-def _item(of: Callable[[Pull], dict[str, np.ndarray]], name: str) -> Callable[[Pull], np.ndarray]:
-    return lambda run: of(run)[name]
 
 
 def _double(x: Any) -> Any:

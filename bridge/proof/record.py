@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from flax import nnx
 
-import mhc_jax.nn
-import mhc_torch
 from bridge.proof.exact_jax import Lift, Program
 from bridge.proof.exact_torch import Exact
 from bridge.proof.precision import TorchPrecision
@@ -23,10 +21,8 @@ from bridge.proof.trees import arrays, double, floats, is_array, is_float, leave
 from bridge.weights import rules
 from bridge.weights.arrays import to_numpy, to_torch
 from bridge.weights.match import jax_leaves, value
-from mhc_jax.history import History
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-_SKIPS = (mhc_jax.nn.MHCSkip, mhc_jax.nn.MatrixMHCSkip, mhc_torch.MHCSkip, mhc_torch.MatrixMHCSkip)
 
 
 class NoReferenceError(Exception):
@@ -83,16 +79,9 @@ class Recording:
         return self.events
 
 
-def skip_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
-    """The arguments of a call; those of a history skip as (branch output, the states it looks at)."""
-    if not isinstance(module, _SKIPS):
-        return args, kwargs
-    given = dict(zip(("x", "history"), args, strict=False)) | kwargs
-    history = given["history"]
-    if isinstance(history, History):
-        history = list(history.window)[-int(history.count) :]
-    window = module.config.max_history if isinstance(module, mhc_jax.nn.MHCSkip) else module.max_history
-    return (given["x"], list(history[-window:])), {}
+def depends_on(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+    """The arguments of a call or, of a module that tells itself what its call depends on, those."""
+    return (module.recorded(*args, **kwargs), {}) if hasattr(module, "recorded") else (args, kwargs)
 
 
 def submodule(model: Any, path: str) -> Any:
@@ -133,7 +122,7 @@ def watch_jax(modules: dict[str, nnx.Module]) -> Iterator[Recording]:
                 return call(self, *args, **kwargs)
             active.append(id(self))
             try:
-                entry = recording.enter(path, *skip_arguments(self, args, kwargs))
+                entry = recording.enter(path, *depends_on(self, args, kwargs))
                 output = call(self, *args, **kwargs)
                 recording.leave(entry, output)
             finally:
@@ -169,7 +158,7 @@ def watch_torch(modules: dict[str, torch.nn.Module]) -> Iterator[Recording]:
         )
 
     def enter(path: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stack.append(recording.enter(path, *frozen(skip_arguments(module, args, kwargs))))
+        stack.append(recording.enter(path, *frozen(depends_on(module, args, kwargs))))
 
     def leave(output: Any) -> None:
         recording.leave(stack.pop(), frozen(output))
@@ -274,7 +263,9 @@ def _signature(call: Call) -> Hashable:
     )
 
 
-def pull_program(module: nnx.Module, call: Call, inputs: Sequence[Any], cotangents: Sequence[Any], names: list[str]):
+def pull_program(
+    module: nnx.Module, call: Call, inputs: Sequence[Any], cotangents: Sequence[Any], names: list[str]
+) -> tuple[Any, ...]:
     """(what makes it the same as another, function, *arguments) of a module forward and back."""
     graph, parameters, rest = split(module)
     others = [jnp.asarray(x) for x in arrays(call.given) if not is_float(x)]
@@ -287,7 +278,9 @@ def pull_program(module: nnx.Module, call: Call, inputs: Sequence[Any], cotangen
         args, kwargs = transform(lambda leaf: left.get(id(leaf), own(leaf)), call.given)
         return picked(fresh(*args, **kwargs), names), split(fresh)[2]
 
-    def pull(parameters: nnx.State, rest: nnx.State, others: list[Any], values: list[Any], cotangents: list[Any]):
+    def pull(
+        parameters: nnx.State, rest: nnx.State, others: list[Any], values: list[Any], cotangents: list[Any]
+    ) -> Any:
         outputs, pullback, after = jax.vjp(lambda p, v: run(p, v, rest, others), parameters, values, has_aux=True)
         back = pullback([c.astype(o.dtype) for c, o in zip(cotangents, outputs, strict=True)])
         return outputs, *back, after

@@ -59,7 +59,8 @@ def transform(function: Callable[[Any], Any], tree: Any) -> Any:
     new = [transform(function, child) for _, child in below]
     if isinstance(tree, Mapping):
         content = dict(zip(tree, new, strict=True))
-        return type(tree)(**content) if is_dataclass(tree) else type(tree)(content)
+        kind: Callable[..., Any] = type(tree)
+        return kind(**content) if is_dataclass(tree) else kind(content)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*new)
     if isinstance(tree, (list, tuple)):

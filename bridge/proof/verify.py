@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import flax
@@ -18,7 +19,7 @@ from flax import nnx
 
 from bridge.proof.exact_jax import Lift
 from bridge.proof.inputs import call_of, describe
-from bridge.proof.judge import AS_IT_IS, CEILING, Runs, judge, largest, layout, reduction
+from bridge.proof.judge import AS_IT_IS, CEILING, Runs, item, judge, largest, layout, reduction
 from bridge.proof.layers import Layers, exact_runs
 from bridge.proof.metrics import compare, difference, kl_divergence, top_k_agreement
 from bridge.proof.objective import Task, Training, amplification, default_optimizer, torch_names, train_jax, train_torch
@@ -185,9 +186,9 @@ class _Verification:
             a, b = to_numpy(j), to_numpy(t)
             how = layout(a, b)
             if how is None:
-                ours, theirs = self.results[0][i], self.results[1][i]
                 raise ValueError(
-                    f"output {ours!r} of jax_model has shape {a.shape}, that of torch_model, {theirs!r}, {b.shape}; "
+                    f"output {self.results[0][i]!r} of jax_model has shape {a.shape}, "
+                    f"that of torch_model, {self.results[1][i]!r}, {b.shape}; "
                     "outputs={jax name: torch name} says which correspond"
                 )
             if np.isnan(a).any() and np.isnan(b).any():
@@ -234,23 +235,23 @@ class _Verification:
             return self.rows[-1]
 
         for i, (_, t) in enumerate(outputs):
-            row("value", f"output {i}", lambda run, i=i: run.outputs[i], n)
+            row("value", f"output {i}", item(attrgetter("outputs"), i), n)
             if t.ndim > 1:
                 j, t, how = runs.jax.outputs[i], runs.torch.outputs[i], layouts[i]
                 self.logits[f"output {i} as logits: KL divergence in nats"] = kl_divergence(how[0](j), t)
                 for k in (1, 5):
                     self.logits[f"output {i} as logits: top-{k} agreement"] = top_k_agreement(how[0](j), t, k)
         for step in range(steps + 1):
-            row("loss", f"after {step} steps", lambda run, step=step: run.losses[step], total)
+            row("loss", f"after {step} steps", item(attrgetter("losses"), step), total)
         scale = max([0.0, *(largest(g) for g in (*truth.gradients.values(), *truth.inputs))])
         for i in range(len(truth.inputs)):
-            row("gradient", f"input {i}", lambda run, i=i: run.inputs[i], total, scale)
+            row("gradient", f"input {i}", item(attrgetter("inputs"), i), total, scale)
         rounding = {
-            name: row("gradient", name, lambda run, name=name: run.gradients[name], total, scale).tolerance
+            name: row("gradient", name, item(attrgetter("gradients"), name), total, scale).tolerance
             for name in truth.gradients
         }
         for name in (name for name in runs.jax.state if name not in truth.gradients):
-            row("state", name, lambda run, name=name: run.state[name], total)
+            row("state", name, item(attrgetter("state"), name), total)
         factor = amplification(optimizer[1])
         starts = {name: to_numpy(self.match.torch[name]).astype(np.float64) for name in runs.jax.final}
         longest = max((largest(truth.final[name] - start) for name, start in starts.items()), default=0.0)

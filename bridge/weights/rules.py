@@ -7,7 +7,7 @@ layouts differ:
     register(nnx.Linear, torch.nn.Linear, Leaf("kernel", "weight", "in out -> out in"))
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -111,6 +111,7 @@ class Child:
 
 
 Entry = Leaf | Child
+Terms = Callable[[Any, Sequence[np.ndarray], Sequence[np.ndarray]], float]
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Rule:
         entries: leaves and children whose names or layouts differ, or a function of the two modules that gives them.
         settings: hyperparameters that must agree.
         jax_only, torch_only: leaves without a counterpart that carry no weight, such as a counter of batches.
-        cancellation: how much less exact than its input the module's result is, or None; see `register`.
+        cancellation, terms: where the module subtracts numbers that are nearly equal, or None; see `register`.
     """
 
     entries: tuple[Entry, ...] | Callable[[Any, Any], tuple[Entry, ...]] = ()
@@ -144,6 +145,7 @@ class Rule:
     jax_only: tuple[str, ...] = ()
     torch_only: tuple[str, ...] = ()
     cancellation: Callable[[Any, Any], float] | None = None
+    terms: Terms | None = None
 
     def of(self, jax_module: Any, torch_module: Any) -> tuple[Entry, ...]:
         """The entries for this very pair."""
@@ -155,11 +157,20 @@ _rules: dict[tuple[type, type], Rule] = {}
 
 def cancellation(module: nn.Module, args: tuple[Any, ...]) -> float:
     """How much less exact than its first argument the result of a torch module is, by the rules of its type."""
-    for base in type(module).__mro__:
-        for (_, torch_type), rule in _rules.items():
-            if torch_type is base and rule.cancellation is not None:
-                return max(1.0, rule.cancellation(module, args[0])) if args else 1.0
-    return 1.0
+    rule = _that_tells(module, "cancellation")
+    return max(1.0, rule.cancellation(module, args[0])) if rule and rule.cancellation and args else 1.0
+
+
+def terms(module: nn.Module, inputs: Sequence[np.ndarray], cotangents: Sequence[np.ndarray]) -> float:
+    """How large the terms are that nearly cancel in the gradients of a torch module's parameters; 0 by default."""
+    rule = _that_tells(module, "terms")
+    return rule.terms(module, inputs, cotangents) if rule and rule.terms else 0.0
+
+
+def _that_tells(module: nn.Module, name: str) -> Rule | None:
+    """The rule of the nearest of a torch module's types that has an attribute of this name."""
+    told = {torch_type: rule for (_, torch_type), rule in _rules.items() if getattr(rule, name) is not None}
+    return next((told[base] for base in type(module).__mro__ if base in told), None)
 
 
 def find(jax_type: type, torch_type: type) -> Rule | None:
@@ -177,6 +188,7 @@ def register(
     jax_only: tuple[str, ...] = (),
     torch_only: tuple[str, ...] = (),
     cancellation: Callable[[Any, Any], float] | None = None,
+    terms: Terms | None = None,
 ) -> None:
     """Declares how `jax_type` (an nnx.Module) and `torch_type` (a torch.nn.Module) map, replacing an earlier rule.
 
@@ -188,6 +200,9 @@ def register(
         cancellation: function (torch_module, its first argument) -> by which factor its result is less exact than that
             argument, where nearly equal numbers are subtracted. Flax takes variances as E[x²] - E[x]²: so a
             normalization over the last axis has `1 + max(mean² / (var + eps))`.
+        terms: function (torch_module, its inputs, cotangents of its results, all in float64) -> how large the terms
+            are of which the gradients of its parameters are differences, where they are nearly equal, so that what
+            is left says nothing of the rounding.
 
     Raises:
         TypeError: a type is not a module type of its framework.
@@ -199,4 +214,4 @@ def register(
         raise TypeError(f"torch_type must be a subclass of torch.nn.Module, not {torch_type!r}")
     if entries and by is not None:
         raise ValueError("give either entries or by=, not both")
-    _rules[jax_type, torch_type] = Rule(by or entries, settings, jax_only, torch_only, cancellation)
+    _rules[jax_type, torch_type] = Rule(by or entries, settings, jax_only, torch_only, cancellation, terms)

@@ -1,8 +1,10 @@
 """The declared rules: which module of Flax and `mhc_jax` is which module of PyTorch and `mhc_torch`."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from flax import nnx
 from torch import nn
@@ -62,26 +64,34 @@ def _attention(_: nnx.MultiHeadAttention, module: nn.MultiheadAttention) -> tupl
     return tuple(entries)
 
 
-def _variance(module: nn.Module, groups: torch.Tensor) -> float:
+def _variance(epsilon: float, groups: torch.Tensor) -> float:
     """What a normalization of rows loses: Flax takes the variance as E[x²] - E[x]²."""
-    ratio = groups.mean(-1).square() / (groups.var(-1, unbiased=False) + module.eps)
+    ratio = groups.mean(-1).square() / (groups.var(-1, unbiased=False) + epsilon)
     return 1.0 + ratio.max().item() if ratio.numel() else 1.0
 
 
 def _layer_norm(module: nn.LayerNorm, x: torch.Tensor) -> float:
-    return _variance(module, x.flatten(-len(module.normalized_shape)))
+    return _variance(module.eps, x.flatten(-len(module.normalized_shape)))
 
 
 def _group_norm(module: nn.GroupNorm, x: torch.Tensor) -> float:
-    return _variance(module, x.reshape(len(x) * module.num_groups, -1))
+    return _variance(module.eps, x.reshape(len(x) * module.num_groups, -1))
 
 
 def _instance_norm(module: Any, x: torch.Tensor) -> float:
-    return _variance(module, x.flatten(2))
+    return _variance(module.eps, x.flatten(2))
 
 
 def _batch_norm(module: Any, x: torch.Tensor) -> float:
-    return _variance(module, x.transpose(0, 1).flatten(1)) if module.training else 1.0
+    return _variance(module.eps, x.transpose(0, 1).flatten(1)) if module.training else 1.0
+
+
+def _inner_products(_: nn.Module, inputs: Sequence[np.ndarray], cotangents: Sequence[np.ndarray]) -> float:
+    """The logits' gradient is a difference of inner products of cotangent and states, which nearly cancel where one
+    weight is close to 1. Such a product of n random signs is about |cotangent|·|state|/√n.
+    """
+    states = max(np.linalg.norm(x) for x in inputs)
+    return float(np.linalg.norm(cotangents[0]) * states / np.sqrt(max(x.size for x in inputs)))
 
 
 _SCALE = Leaf("scale", "weight")
@@ -149,12 +159,13 @@ _DETACH = Setting("detach_history", lambda m: m.config.detach_history, lambda m:
 _STREAMS = Setting("streams", _options, _options)
 _STACK_MIXING = Setting("mixing", _mixing, lambda module: _mixing(module.skip_layers[0]))
 
-register(jax_mhc.MHCSkip, torch_mhc.MHCSkip, settings=(_MIXING,))
+register(jax_mhc.MHCSkip, torch_mhc.MHCSkip, settings=(_MIXING,), terms=_inner_products)
 register(nnx.Linear, HistoryProjection, by=_projection)
 register(
     jax_mhc.MatrixMHCSkip,
     torch_mhc.MatrixMHCSkip,
     settings=(_equal("doubly_stochastic", "doubly_stochastic"), _equal("iterations", "iterations")),
+    terms=_inner_products,
 )
 register(jax_mhc.MHCSequential, torch_mhc.MHCSequential, settings=(_DETACH,))
 register(
