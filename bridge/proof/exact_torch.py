@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from bridge._private import Mode, parameters_of
 from bridge.proof.exact_jax import blurred, inexact
 from bridge.proof.precision import epsilon
 from bridge.proof.trees import arrays, is_array, transform
@@ -20,7 +20,7 @@ def _double(dtype: Any) -> Any:
     return torch.float64 if dtype.is_floating_point else _WIDE.get(dtype, dtype)
 
 
-class Exact(TorchDispatchMode):
+class Exact(Mode):
     """While the context lasts, every operation computes in float64: `.float()`, `dtype=` and the like are lifted.
 
     Attributes:
@@ -55,14 +55,10 @@ class Exact(TorchDispatchMode):
             return self._up(func(source, args[1]))
         if func is _aten.lift_fresh.default:
             return self.constant(args[0])
-        declared = func._schema.arguments
-        new = []
-        for argument, value in zip(declared, args, strict=False):
-            new.append(self._argument(argument, value))
-        named = {a.name: a for a in declared}
-        kwargs = {name: self._argument(named[name], value) for name, value in kwargs.items()}
-        if func in (_aten._softmax.default, _aten._log_softmax.default):
-            new[2] = False  # from half to float
+        declared = parameters_of(func)
+        new = [self._argument(*argument, value) for argument, value in zip(declared, args, strict=False)]
+        written = dict(declared)
+        kwargs = {name: self._argument(name, written[name], value) for name, value in kwargs.items()}
         result = func(*new, **kwargs)
         given = {id(x) for x in arrays((args, kwargs))}
         if all(self._is_exact(x) or id(x) in given for x in arrays(result)):
@@ -83,14 +79,14 @@ class Exact(TorchDispatchMode):
                 wide = torch.as_tensor(values, device=wide.device)
         return wide
 
-    def _argument(self, declared: Any, value: Any) -> Any:
+    def _argument(self, name: str, written: bool, value: Any) -> Any:
         if isinstance(value, torch.dtype):
             return _double(value)
-        if declared.alias_info is not None and declared.alias_info.is_write:
+        if name == "half_to_float":  # of a softmax
+            return False
+        if written or value is None:
             return value
-        return (
-            transform(lambda x: self._up(x) if isinstance(x, torch.Tensor) else x, value) if value is not None else None
-        )
+        return transform(lambda x: self._up(x) if isinstance(x, torch.Tensor) else x, value)
 
     @staticmethod
     def _is_exact(tensor: torch.Tensor) -> bool:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from bridge._private import Mode
 from bridge.weights.arrays import dtype_name, numpy_dtype
 
 
@@ -40,7 +40,7 @@ def full_matmul_precision() -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
-class TorchPrecision(TorchDispatchMode):
+class TorchPrecision(Mode):
     """While the context lasts, `coarsest` is the epsilon of the coarsest floating-point type of any result."""
 
     def __init__(self) -> None:

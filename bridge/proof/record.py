@@ -412,12 +412,15 @@ def copied(model: torch.nn.Module, exact: Exact | None) -> torch.nn.Module:
     if exact is not None:
         kept = {id(x) for x in model.state_dict(keep_vars=True).values()}
         for module in model.modules():
-            for held in (module._buffers, vars(module)):
-                for name, tensor in held.items():
-                    if isinstance(tensor, torch.Tensor) and id(tensor) not in kept:
-                        # `double()` has widened it, but it was computed and rounded in float32: a table of frequencies.
-                        narrow = tensor.float() if is_float(tensor) else tensor
-                        held[name] = exact.constant(narrow if torch.equal(narrow.to(tensor), tensor) else tensor)
+            for name, tensor in {
+                **vars(module),
+                **dict(module.named_buffers(recurse=False, remove_duplicate=False)),
+            }.items():
+                if isinstance(tensor, torch.Tensor) and id(tensor) not in kept:
+                    # `double()` has widened it, but it was computed and rounded in float32: a table of frequencies.
+                    narrow = tensor.float() if is_float(tensor) else tensor
+                    computed = narrow if torch.equal(narrow.to(tensor), tensor) else tensor
+                    setattr(module, name, exact.constant(computed.detach()))
     return model
 
 

@@ -62,6 +62,11 @@ class Report:
         notes: what could not be compared.
         unproved: why equal figures are no proof: there was no float64 reference, a setting differs, and the like.
         logits: Kullback-Leibler divergence in nats and top-k agreement of the model's output, taken as logits.
+
+    Example:
+        >>> report = Report({"seed": 0}, [], unproved=["setting differs: rate"])
+        >>> report.verdict, report.ok, report.exit_status
+        ('NOT PROVED', False, 3)
     """
 
     header: dict[str, Any]

@@ -31,6 +31,10 @@ from bridge.weights.arrays import to_numpy, to_torch
 from bridge.weights.match import match
 
 _EXACT = "copied weights are equal bit for bit"
+_DROPOUTS = (
+    *(torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d),
+    *(torch.nn.AlphaDropout, torch.nn.FeatureAlphaDropout),
+)
 
 
 def verify(
@@ -81,7 +85,7 @@ def verify(
     Example:
         >>> import numpy, torch
         >>> from flax import nnx
-        >>> from bridge.weights import convert
+        >>> from bridge import convert
         >>> jax_model, x = nnx.Linear(4, 2, rngs=nnx.Rngs(0)), numpy.ones((3, 4), "float32")
         >>> torch_model = convert(jax_model, torch.nn.Linear(4, 2))
         >>> verify(jax_model, torch_model, {"inputs": x}, torch_inputs={"input": x}).verdict
@@ -135,7 +139,8 @@ class _Verification:
         try:
             _set_mode(self.jax_model, self.torch_model, False)
             self.outputs(names)
-            for mode in [False, True] if any(_has_statistics(m) for m in self.torch_model.modules()) else [False]:
+            statistics = any(getattr(module, "track_running_stats", False) for module in self.torch_model.modules())
+            for mode in [False, True] if statistics else [False]:
                 _set_mode(self.jax_model, self.torch_model, mode)
                 layers = Layers(
                     self.jax_model,
@@ -330,19 +335,13 @@ def _listed(names: Any) -> str:
     return ", ".join(repr(name) for name in names) or "none"
 
 
-def _has_statistics(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.modules.batchnorm._NormBase) and module.track_running_stats
-
-
 def _set_mode(jax_model: nnx.Module, torch_model: torch.nn.Module, training: bool) -> None:
     """Training or evaluation mode, but without noise in both."""
     jax_model.train() if training else jax_model.eval()
     jax_model.set_attributes(deterministic=True, raise_if_not_found=False)
     torch_model.train(training)
     for module in torch_model.modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd) or any(
-            getattr(module, name, False) for name in ("dropout", "stochastic")
-        ):
+        if isinstance(module, _DROPOUTS) or any(getattr(module, name, False) for name in ("dropout", "stochastic")):
             module.training = False
 
 

@@ -97,6 +97,12 @@ def match(jax_model: nnx.Module, torch_model: nn.Module) -> Match:
 
     Raises:
         ValueError: leaves without a counterpart, of another shape or dtype, or tied on one side only; all are listed.
+
+    Example:
+        >>> import torch
+        >>> found = match(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), torch.nn.Linear(4, 2))
+        >>> [f"{link.jax} is {link.torch}" for link in found.links]
+        ['kernel is weight', 'bias is bias']
     """
     matcher = _Matcher(jax_leaves(jax_model), torch_leaves(torch_model))
     matcher.modules("", jax_model, "", torch_model, ())

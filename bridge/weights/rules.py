@@ -94,6 +94,10 @@ class Leaf:
         torch: name on the torch side; `*` in it stands for the list index that is the leading axis of the JAX array.
         layout: see `Layout`; without one the arrays are equal.
         part: (i, n) when the JAX array is the i-th of n equal blocks of rows of the torch array.
+
+    Example:
+        >>> Leaf("kernel", "weight", "in out -> out in").jax
+        'kernel'
     """
 
     jax: str
@@ -104,7 +108,12 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Child:
-    """A submodule on each side under different names; `*` in `torch` as in `Leaf`: the JAX leaves are stacked."""
+    """A submodule on each side under different names; `*` in `torch` as in `Leaf`: the JAX leaves are stacked.
+
+    Example:
+        >>> Child("layers", "wrapped_modules.*").torch
+        'wrapped_modules.*'
+    """
 
     jax: str
     torch: str
@@ -122,6 +131,11 @@ class Setting:
         name: how to call it in a message.
         jax: reads it from the JAX module.
         torch: reads it from the torch module, in the JAX module's convention.
+
+    Example:
+        >>> momentum = Setting("momentum", lambda m: m.momentum, lambda m: 1 - m.momentum)
+        >>> momentum.torch(nn.BatchNorm1d(4))
+        0.9
     """
 
     name: str
@@ -207,6 +221,18 @@ def register(
     Raises:
         TypeError: a type is not a module type of its framework.
         ValueError: both `entries` and `by` are given.
+
+    Example:
+        >>> class JaxScale(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.factors = nnx.Param(rngs.normal((3, 5)))
+        >>> class TorchScale(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(nn.Linear(3, 5).weight)
+        >>> register(JaxScale, TorchScale, Leaf("factors", "weight", "in out -> out in"))
+        >>> find(JaxScale, TorchScale).entries[0].torch
+        'weight'
     """
     if not (isinstance(jax_type, type) and issubclass(jax_type, nnx.Module)):
         raise TypeError(f"jax_type must be a subclass of flax.nnx.Module, not {jax_type!r}")

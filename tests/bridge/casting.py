@@ -231,11 +231,26 @@ def decoders(seed: int = 0, common: Options = Options(), **torch_only: object) -
     return bridge.convert(torch_model, JaxDecoder(common, nnx.Rngs(0))), torch_model
 
 
-def tokens(seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 11, (2, 5))
+PARTS = ("", "layers.0", "layers.0.attention")
 
 
-# What differs -> (options of both sides, options of the torch side only, the module that has to be named).
+def parts_with(paths: list[str]) -> list[str]:
+    """The parts that hold all these modules, the smallest last."""
+    return [part for part in PARTS if all(not part or f"{path}.".startswith(f"{part}.") for path in paths)]
+
+
+def part(path: str, seed: int = 0, common: Options = Options(), **torch_only: object) -> dict[str, object]:
+    """One of PARTS of such a pair with inputs for it, as arguments of `bridge.verify`: less to run than all of it."""
+    jax_model, torch_model = decoders(seed, common, **torch_only)
+    rng = np.random.default_rng(seed)
+    if not path:
+        return {"jax_model": jax_model, "torch_model": torch_model, "inputs": rng.integers(0, 11, (2, 5))}
+    jax_part = jax_model.layers[0].attention if path.endswith("attention") else jax_model.layers[0]
+    x = rng.standard_normal((2, 5, WIDTH)).astype(np.float32)
+    return {"jax_model": jax_part, "torch_model": torch_model.get_submodule(path), "inputs": x}
+
+
+# What differs -> (options of both sides, options of the torch side only, the modules that have to be named).
 FAULTS = {
     "GELU by tanh": ({}, {"gelu": "tanh"}, "layers.0"),
     "SiLU for GELU": ({}, {"gelu": "silu"}, "layers.0"),
@@ -271,18 +286,18 @@ FAULTS = {
     "activation in half precision": ({}, {"half_mlp": True}, "layers.0"),
 }
 
-# Options that both sides share: every one is a healthy pair.
+# (the smallest part they matter in, options that both sides share): every one is a healthy pair.
 HEALTHY = (
-    {},
-    {"gelu": "tanh"},
-    {"gelu": "silu", "theta": 500_000.0},
-    {"interleaved": True, "epsilon": 1e-5},
-    {"window": 3, "soft_cap": 50.0},
-    {"logit_cap": 30.0, "embed_scale": WIDTH**0.5},
-    {"rotated": 2, "head_epsilon": 1e-5},
-    {"positions_from": 1000},
-    {"mean": True, "offset": 1.0},
-    {"half_softmax": True},
-    {"half_mlp": True},
-    {"half_norm": True},
+    ("", {}),
+    ("layers.0", {"gelu": "tanh"}),
+    ("layers.0", {"gelu": "silu", "theta": 500_000.0}),
+    ("layers.0", {"interleaved": True, "epsilon": 1e-5}),
+    ("layers.0.attention", {"window": 3, "soft_cap": 50.0}),
+    ("", {"logit_cap": 30.0, "embed_scale": WIDTH**0.5}),
+    ("layers.0.attention", {"rotated": 2, "head_epsilon": 1e-5}),
+    ("layers.0.attention", {"positions_from": 1000}),
+    ("layers.0", {"mean": True, "offset": 1.0}),
+    ("layers.0.attention", {"half_softmax": True}),
+    ("layers.0", {"half_mlp": True}),
+    ("layers.0", {"half_norm": True}),
 )
