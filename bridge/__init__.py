@@ -2,6 +2,7 @@
 
 from bridge.calls.jax_in_torch import JaxFunction, JaxModule
 from bridge.calls.torch_in_jax import torch_function
+from bridge.proof.inputs import Inputs
 from bridge.proof.report import Report
 from bridge.proof.verify import verify
 from bridge.weights import table  # noqa: F401 - declares the rules
@@ -13,6 +14,7 @@ from bridge.weights.rules import Child, Leaf, Setting, register
 
 __all__ = [
     "Child",
+    "Inputs",
     "JaxFunction",
     "JaxModule",
     "Leaf",

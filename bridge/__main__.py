@@ -31,7 +31,8 @@ examples:
           --jax-weights jax.safetensors --torch-weights torch.pt
 
 formats: .safetensors, .safetensors.index.json (shards, read only), .pt .pth .bin .ckpt, Orbax directory (no suffix)
-exit status: 0 all is well, 1 the models differ, 2 something is wrong with the arguments or the files
+exit status: 0 all is well, 1 the models differ, 2 something is wrong with the arguments or the files,
+3 no difference was found, but equality is not proved
 """
 _MODEL = "module:function or file.py:function, which takes no arguments and returns the model"
 
@@ -75,9 +76,19 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("verify", help="compare two models layer by layer, with gradients and training steps")
     command.add_argument("jax", help=f"the JAX model: {_MODEL}")
     command.add_argument("torch", help="the PyTorch model, likewise")
-    inputs = "a file with one array per argument (.npy, .npz or weights), or shapes for random ones: 8x64, or 8x64,8x3"
+    inputs = (
+        "a file with one array per argument (.npy, .npz or weights), shapes for random ones (8x64, or 8x64,8x3), or "
+        "file.py:function, which returns what bridge.verify takes as inputs"
+    )
     command.add_argument("--inputs", required=True, help=inputs)
-    command.add_argument("--torch-inputs", help="where they differ from those of JAX (channels first): a file")
+    command.add_argument("--torch-inputs", help="where they differ from those of JAX, likewise")
+    command.add_argument(
+        "--outputs",
+        metavar="JAX=TORCH",
+        action="append",
+        help="results to compare, such as logits=logits, or =logits for a bare array in JAX (default: all, by name)",
+    )
+    command.add_argument("--no-training", action="store_true", help="leave out gradients and steps of the whole model")
     command.add_argument("--jax-weights", metavar="FILE", help="weights to load into the JAX model")
     command.add_argument("--torch-weights", metavar="FILE", help="weights to load into the PyTorch model")
     command.add_argument("--steps", type=int, default=0, help="training steps to compare (default: 0)")
@@ -139,6 +150,8 @@ def _verify(options: argparse.Namespace) -> int:
         torch_model,
         _arrays(options.inputs, options.seed),
         torch_inputs=_arrays(options.torch_inputs, options.seed) if options.torch_inputs else None,
+        outputs=_outputs(options.outputs),
+        training=not options.no_training,
         steps=options.steps,
         seed=options.seed,
     )
@@ -150,8 +163,24 @@ def _verify(options: argparse.Namespace) -> int:
     return report.exit_status
 
 
+def _outputs(pairs: Sequence[str] | None) -> dict[str, str] | None:
+    """The names on both sides of each `jax=torch`."""
+    for pair in pairs or ():
+        if pair.count("=") != 1:
+            raise ValueError(f"--outputs: {pair!r} is not of the form JAX=TORCH")
+    return None if pairs is None else dict(pair.split("=") for pair in pairs)
+
+
 def _model(name: str, kind: type) -> Any:
     """The model that `module:function` makes."""
+    model = _made(name)
+    if not isinstance(model, kind):
+        raise TypeError(f"{name} must return a {kind.__module__}.{kind.__name__}, and gave a {type(model).__name__}")
+    return model
+
+
+def _made(name: str) -> Any:
+    """What `module:function` or `file.py:function` returns."""
     module_name, _, function = name.rpartition(":")
     if not module_name:
         raise ValueError(f"{name!r} does not name a model: give {_MODEL}")
@@ -169,20 +198,19 @@ def _model(name: str, kind: type) -> Any:
     if make is None:
         raise ValueError(f"{module_name} has no {function!r}")
     try:
-        model = make()
+        return make()
     except Exception as error:
         raise ValueError(f"{name} raised {type(error).__name__}: {error}") from error
-    if not isinstance(model, kind):
-        raise TypeError(f"{name} must return a {kind.__module__}.{kind.__name__}, and gave a {type(model).__name__}")
-    return model
 
 
-def _arrays(source: str, seed: int) -> tuple[np.ndarray, ...]:
-    """The arrays of a file in its order, or standard normal ones of the shapes that `source` is."""
+def _arrays(source: str, seed: int) -> Any:
+    """The arrays of a file in its order, random ones of the shapes that `source` is, or a function's result."""
     if re.fullmatch(r"\d+(x\d+)*(,\d+(x\d+)*)*", source):
         generator = np.random.default_rng(seed)
         shapes = [tuple(map(int, shape.split("x"))) for shape in source.split(",")]
         return tuple(generator.standard_normal(shape).astype(np.float32) for shape in shapes)
+    if ".py:" in source:
+        return _made(source)
     if not Path(source).exists():
         raise FileNotFoundError(f"--inputs: {source} is neither a file nor shapes such as 8x64 or 8x64,8")
     if source.endswith(".npy"):

@@ -300,7 +300,7 @@ class JaxModule(nn.Module):
         """The module that holds a leaf; modules on the way to it are made when missing."""
         owner: nn.Module = self
         for name in path[:-1]:
-            if name not in owner._modules:
+            if name not in dict(owner.named_children()):
                 owner.add_module(name, nn.Module())
             owner = owner.get_submodule(name)
         return owner

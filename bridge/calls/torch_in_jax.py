@@ -27,6 +27,11 @@ def torch_function(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
         TypeError: it gives something else than tensors, or 64-bit numbers while JAX's x64 is off.
+
+    Example:
+        >>> softplus = torch_function(torch.nn.functional.softplus)
+        >>> jax.grad(lambda x: softplus(x).sum())(jnp.zeros(3))
+        Array([0.5, 0.5, 0.5], dtype=float32)
     """
 
     def run(*arrays: Any) -> Any:

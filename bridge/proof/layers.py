@@ -1,40 +1,51 @@
 """Compares two models layer by layer: free-running, and each layer alone on the JAX side's input (teacher-forced)."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
 
-import mhc_torch
 from bridge.proof.batch_norm import BatchNorms
-from bridge.proof.judge import Layout, Values, epsilon, judge, largest, layout, reduction
+from bridge.proof.exact_jax import Lift
+from bridge.proof.exact_torch import Exact
+from bridge.proof.judge import AS_IT_IS, Layout, Runs, Values, epsilon, item, judge, largest, layout, reduction
+from bridge.proof.metrics import difference
 from bridge.proof.objective import torch_names
 from bridge.proof.record import (
     AMPLITUDES,
     Call,
     Noise,
+    NoReferenceError,
+    Programs,
     Pull,
-    Recording,
-    double,
-    floats,
-    is_float,
+    Seen,
+    as_pull,
+    evaluated,
     jax_float64,
-    pull_jax,
+    picked,
+    pull_program,
     pull_torch,
+    record_exact,
+    record_jax,
+    record_torch,
+    seen,
     submodule,
-    watch_jax,
-    watch_torch,
 )
 from bridge.proof.report import Row
+from bridge.proof.trees import double, floats, is_float, named_floats
 from bridge.proof.unroll import unrolled
 from bridge.weights.arrays import to_numpy, to_torch
+from bridge.weights.leaves import join
 from bridge.weights.match import Link, ModulePair, match
+from bridge.weights.rules import terms
+
+_FLOAT32 = epsilon(np.float32)
 
 
 class Layers:
@@ -44,7 +55,9 @@ class Layers:
         rows: every comparison: "layer value" is free-running, "layer alone" is teacher-forced.
         faults: torch path of each module where a difference is born -> what is wrong.
         notes: what could not be compared.
-        reference_eps: precision that the float64 runs really had, where some of their steps are fixed to less.
+        eps: precision of the coarsest dtype in which both sides compute.
+        reference_eps: precision that the float64 runs really had, where a step of them could not be lifted.
+        unlifted: what could not be lifted.
         batch_norms: how the statistics of one side become those of the other.
     """
 
@@ -52,50 +65,59 @@ class Layers:
         self,
         jax_model: nnx.Module,
         torch_model: torch.nn.Module,
-        jax_inputs: Sequence[np.ndarray],
-        torch_inputs: Sequence[np.ndarray],
+        jax_call: Call,
+        torch_call: Call,
         seed: int,
+        programs: Programs,
+        results: tuple[list[str], list[str]],
     ) -> None:
         self.jax = unrolled(jax_model)
         self.torch = copy.deepcopy(torch_model)
         self.torch64 = copy.deepcopy(torch_model).double()
         self.noises = [Noise(self.torch64, amplitude, seed + i) for i, amplitude in enumerate(AMPLITUDES)]
+        self.programs, self.results = programs, results
         found = match(self.jax, self.torch)
         self.links = found.links
         self.pairs = {pair.torch: pair for pair in reversed(found.modules) if not pair.index}
         # A value may come from coarser ones.
-        self.eps = max((epsilon(to_numpy(p).dtype) for p in self.torch.parameters()), default=0.0)
-        self.reference_eps = 0.0  # what the float64 runs really had
-        self.rng = np.random.default_rng(seed)
+        self.eps = max((epsilon(p.dtype) for p in self.torch.parameters()), default=0.0)
+        self.reference_eps = 0.0
+        self.unlifted: set[str] = set()
+        self.rng, self.seed = np.random.default_rng(seed), seed
         self.rows: list[Row] = []
         self.faults: dict[str, str] = {}
         self.notes: list[str] = []
-        with jax.enable_x64(True):
-            self.jax64 = jax_float64(self.jax)
-            self.jax_calls64 = self._record_jax(self.jax64, [double(x) for x in jax_inputs])
-        self.jax_calls = self._record_jax(self.jax, jax_inputs)
-        self.torch_calls = self._record_torch(self.torch, torch_inputs)
-        doubles = [double(x) for x in torch_inputs]
-        self.torch_calls64 = self._record_torch(self.torch64, doubles)
-        self.noisy_calls = [self._record_torch(noise.model, doubles, noise) for noise in self.noises]
+        self.alone: dict[str, str] = {}  # why a layer was not run alone
+        self._record(jax_call, torch_call)
         self.batch_norms = BatchNorms(self.jax, self.torch, self.pairs.values(), self.torch_calls)
         self._compare()
 
-    def _record_jax(self, model: nnx.Module, inputs: Sequence[np.ndarray]) -> Recording:
-        model = nnx.clone(model)  # a call may change statistics
-        with watch_jax({path: submodule(model, pair.jax) for path, pair in self.pairs.items()}) as recording:
-            model(*map(jnp.asarray, inputs))
-        return recording
+    def _record(self, jax_call: Call, torch_call: Call) -> None:
+        paths, keys = {path: pair.jax for path, pair in self.pairs.items()}, list(self.pairs)
+        ours = record_jax(self.jax, paths, jax_call)
+        theirs = record_torch(self.torch, keys, torch_call)
+        _same_twice("jax_model", ours.calls, record_jax(_reseeded(self.jax), paths, jax_call).calls, self.jax, paths)
+        again = record_torch(self.torch, keys, torch_call)
+        _same_twice("torch_model", theirs.calls, again.calls, self.torch, {path: path for path in keys})
+        with jax.enable_x64(True):
+            self.jax64 = jax_float64(self.jax)
+        doubles = torch_call.double()
 
-    def _record_torch(
-        self, model: torch.nn.Module, inputs: Sequence[np.ndarray], noise: Noise | None = None
-    ) -> Recording:
-        model = copy.deepcopy(model)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        tensors = [to_torch(x).to(device) for x in inputs]
-        with watch_torch({path: model.get_submodule(path) for path in self.pairs}) as recording, torch.no_grad():
-            model(*(noise(x) if noise and is_float(x) else x for x in tensors))
-        return recording
+        def jax_run(lift: Lift) -> Seen:
+            return record_exact(self.programs, self.jax64, self.jax, paths, jax_call, lift)
+
+        def torch_run(exact: Exact, noise: Noise | None = None) -> Seen:
+            return seen(record_torch(noise.model if noise else self.torch64, keys, doubles, exact, noise))
+
+        self.jax_calls, self.torch_calls = ours, theirs
+        self.runs = self._exact(jax_run, torch_run)
+        self.runs.jax, self.runs.torch = seen(ours), seen(theirs)
+
+    def _exact(self, of_jax: Callable[[Lift], Any], of_torch: Callable[..., Any]) -> Runs[Any]:
+        runs, unlifted = exact_runs(of_jax, of_torch, self.noises, self.seed)
+        self.unlifted |= unlifted
+        self.reference_eps = max(self.reference_eps, _FLOAT32 if unlifted else 0.0)
+        return runs
 
     def _compare(self) -> None:
         failed: dict[str, str] = {}
@@ -129,16 +151,25 @@ class Layers:
             if i < len(jax_calls):
                 yield path, jax_calls[i], self.torch_calls.calls[path][i], i
 
-    def _seen(self, path: str, index: int, pick: Any) -> list[Values]:
-        """Arrays of one call as every free run saw them: `pick` chooses those that went in or came out."""
-        every = [self.jax_calls, self.torch_calls, self.jax_calls64, self.torch_calls64, *self.noisy_calls]
-        found = [[to_numpy(x) for x in floats(pick(r.calls[path][index]))] for r in every]
-        layouts = _layouts(found[2], found[3])
-        return [] if layouts is None else list(_values(layouts, found))
+    def _seen(self, path: str, index: int, coming_in: bool) -> list[Values]:
+        """Arrays of one call as every free run saw them: those that went in, or those that came out."""
+
+        raw = self.jax_calls.calls[path][index], self.torch_calls.calls[path][index]
+        ours, theirs = (list(named_floats(call.given if coming_in else call.output)) for call in raw)
+        if not (path or coming_in):
+            ours, theirs = self.results
+        if len(ours) != len(theirs):
+            return []
+
+        def pick(name: str) -> Callable[[Seen], np.ndarray]:
+            return lambda calls: calls[path][index][0 if coming_in else 1][name]
+
+        found = [self.runs.values(pick(j), pick(t)) for j, t in zip(ours, theirs, strict=True)]
+        return found if all(v.jax64.shape == v.torch64.shape for v in found) else []
 
     def _free(self, path: str, index: int) -> None:
-        n = reduction(self.torch, [to_numpy(x) for x in floats(self.torch_calls.calls[path][index].args)])
-        for value in self._seen(path, index, lambda call: call.output):
+        n = reduction(self.torch, [to_numpy(x) for x in floats(self.torch_calls.calls[path][index].given)])
+        for value in self._seen(path, index, False):
             self.rows.append(
                 judge(
                     "layer value", path, self.pairs[path].jax, value, n, eps=self.eps, reference_eps=self.reference_eps
@@ -148,17 +179,25 @@ class Layers:
     def _alone(self, path: str, jax_call: Call, torch_call: Call) -> Iterator[Row]:
         """One layer forward and back, both sides on the JAX side's input and one cotangent."""
         pair = self.pairs[path]
-        given = [to_numpy(x) for x in floats((jax_call.args, jax_call.kwargs))]
-        theirs = [to_numpy(x) for x in floats((torch_call.args, torch_call.kwargs))]
-        outputs = [to_numpy(x) for x in floats(jax_call.output)]
-        torch_outputs = [to_numpy(x) for x in floats(torch_call.output)]
+        given = [to_numpy(x) for x in floats(jax_call.given)]
+        theirs = [to_numpy(x) for x in floats(torch_call.given)]
+        names = list(named_floats(jax_call.output)), list(named_floats(torch_call.output))
+        if not path:
+            names = self.results
+        outputs = [to_numpy(x) for x in picked(jax_call.output, names[0])]
+        torch_outputs = [to_numpy(x) for x in picked(torch_call.output, names[1])]
         into, out = _layouts(given, theirs), _layouts(outputs, torch_outputs)
         if into is None or out is None:
-            self.notes.append(f"{path or 'the model'} takes or gives other arrays in JAX than in torch: not run alone")
+            what = "takes" if into is None else "gives"
+            self.alone[path] = f"it {what} other arrays in JAX than in torch"
             return
         cotangents = [self.rng.standard_normal(o.shape).astype(o.dtype) for o in outputs]
-        runs = self._pulls(pair, jax_call, torch_call, given, cotangents, into, out)
-        yield from self._judge_alone(pair, runs, given, into, out)
+        try:
+            runs = self._pulls(pair, jax_call, torch_call, given, cotangents, into, out, names)
+        except NoReferenceError as error:
+            self.alone[path] = str(error)
+            return
+        yield from self._judge_alone(pair, runs, given, cotangents, into, out)
 
     def _pulls(
         self,
@@ -169,66 +208,89 @@ class Layers:
         cotangents: list[np.ndarray],
         into: Sequence[Layout],
         out: Sequence[Layout],
-    ) -> list[Pull]:
+        names: tuple[list[str], list[str]],
+    ) -> Runs[Pull]:
         torch_given = [how[0](x) for how, x in zip(into, given, strict=True)]
         torch_cotangents = [how[0](c) for how, c in zip(out, cotangents, strict=True)]
         doubles, torch_doubles = [double(x) for x in given], [double(x) for x in torch_given]
+        module, wide = submodule(self.jax, pair.jax), submodule(self.jax64, pair.jax)
+        plain = pull_program(module, jax_call, given, cotangents, names[0])
         with jax.enable_x64(True):
-            jax64 = pull_jax(submodule(self.jax64, pair.jax), jax_call, doubles, cotangents, traced=True)
-        return [
-            pull_jax(submodule(self.jax, pair.jax), jax_call, given, cotangents),
-            pull_torch(self.torch.get_submodule(pair.torch), torch_call, torch_given, torch_cotangents),
-            jax64,
-            pull_torch(self.torch64.get_submodule(pair.torch), torch_call, torch_doubles, torch_cotangents),
-            *(
-                pull_torch(
-                    noise.model.get_submodule(pair.torch),
-                    torch_call,
-                    [to_numpy(noise(to_torch(x))) for x in torch_doubles],
-                    torch_cotangents,
-                )
-                for noise in self.noises
-            ),
-        ]
+            exactly = pull_program(wide, jax_call, doubles, [double(c) for c in cotangents], names[0])
+
+        def jax_run(lift: Lift) -> Pull:
+            found = evaluated(self.programs.widest(exactly, plain), lift, *exactly[2:])
+            with jax.enable_x64(True):
+                return as_pull(wide, found)
+
+        def torch_run(exact: Exact, noise: Noise | None = None) -> Pull:
+            model = noise.model if noise else self.torch64
+            inputs = [to_numpy(noise(to_torch(x))) for x in torch_doubles] if noise else torch_doubles
+            wide_cotangents = [double(c) for c in torch_cotangents]
+            submodel = model.get_submodule(pair.torch)
+            return pull_torch(submodel, torch_call.map(_double), inputs, wide_cotangents, names[1], exact)
+
+        runs = self._exact(jax_run, torch_run)
+        program = self.programs.of(*plain)
+        runs.jax = as_pull(module, program(*plain[2:]), program.coarsest())
+        submodel = self.torch.get_submodule(pair.torch)
+        runs.torch = pull_torch(submodel, torch_call, torch_given, torch_cotangents, names[1])
+        return runs
 
     def _judge_alone(
-        self, pair: ModulePair, runs: list[Pull], given: list[np.ndarray], into: Sequence[Layout], out: Sequence[Layout]
+        self,
+        pair: ModulePair,
+        runs: Runs[Pull],
+        given: list[np.ndarray],
+        cotangents: list[np.ndarray],
+        into: Sequence[Layout],
+        out: Sequence[Layout],
     ) -> Iterator[Row]:
-        j, t, j64, t64, *noisy = runs
+        t, t64 = runs.torch, runs.torch64
         module = self.torch.get_submodule(pair.torch)
         n = reduction(module, given)
         total = max([n, *(x.size for x in given)])
-        eps = max(epsilon(x.dtype) for x in [*given, *t.outputs, *t.parameters.values(), *j.outputs])
-        reference_eps = max(j64.precision, t64.precision)
-        self.reference_eps = max(self.reference_eps, reference_eps)
-        for value in _values(out, [run.outputs for run in runs]):
+        inside = min(runs.jax.precision, t.precision)  # coarser steps on one side only are a fault of that side
+        self.eps = max(self.eps, inside)
+        eps = max(
+            [inside, *(epsilon(x.dtype) for x in [*given, *t.outputs, *t.parameters.values(), *runs.jax.outputs])]
+        )
+        reference_eps = self.reference_eps
+
+        for i, how in enumerate(out):
+            value = runs.values(item(attrgetter("outputs"), i), how=how)
             yield judge("layer alone: value", pair.torch, pair.jax, value, n, 0.0, eps, reference_eps)
 
         scale = max([0.0, *(largest(g) for g in (*t64.inputs, *t64.parameters.values()))])
-        for value in _values(into, [run.inputs for run in runs]):
+        for i, how in enumerate(into):
+            value = runs.values(item(attrgetter("inputs"), i), how=how)
             yield judge("layer alone: gradient of input", pair.torch, pair.jax, value, total, scale, eps, reference_eps)
 
-        if isinstance(module, mhc_torch.MHCSkip | mhc_torch.MatrixMHCSkip):
-            # The logits' gradient is a difference of inner products of cotangent and states, which nearly cancel where
-            # one weight is close to 1: what counts is the rounding of those products, not the size of what is left.
-            products = np.linalg.norm(t64.inputs[0]) * max(np.linalg.norm(double(x)) for x in given)
-            scale = max(scale, float(products / np.sqrt(total)))
+        scale = max(
+            scale,
+            terms(
+                module,
+                [how[0](double(x)) for how, x in zip(into, given, strict=True)],
+                [how[0](double(c)) for how, c in zip(out, cotangents, strict=True)],
+            ),
+        )
         links = list(_links_below(self.links, pair))
         shapes = {name: tuple(leaf.shape) for name, leaf in module.state_dict().items()}
-        for kind in ("parameters", "state"):
-            mapped, mapped64 = (torch_names(links, getattr(run, kind), shapes) for run in (j, j64))
-            if kind == "state":
-                mapped, mapped64 = (
-                    self.batch_norms.in_torch(found, pair.torch, int(module.training)) for found in (mapped, mapped64)
-                )
-            for name, theirs in getattr(t, kind).items():
-                if name in mapped:
-                    rest = [getattr(run, kind)[name] for run in noisy]
-                    value = Values(mapped[name], theirs, mapped64[name], getattr(t64, kind)[name], rest)
-                    check = "layer alone: gradient of" if kind == "parameters" else "layer alone: state"
-                    full = f"{pair.torch}.{name}" if pair.torch else name
-                    size = scale if kind == "parameters" else 0.0
-                    yield judge(check, full, pair.jax, value, total, size, eps, reference_eps)
+
+        def parameters(run: Pull) -> dict[str, np.ndarray]:
+            return torch_names(links, run.parameters, shapes)
+
+        def state(run: Pull) -> dict[str, np.ndarray]:
+            return self.batch_norms.in_torch(torch_names(links, run.state, shapes), pair.torch, int(module.training))
+
+        for check, ours, theirs, size in (
+            ("layer alone: gradient of", parameters, attrgetter("parameters"), scale),
+            ("layer alone: state", state, attrgetter("state"), 0.0),
+        ):
+            for name in ours(runs.jax):
+                if name in theirs(t):
+                    value = runs.values(item(ours, name), item(theirs, name), AS_IT_IS)
+                    yield judge(check, join(pair.torch, name), pair.jax, value, total, size, eps, reference_eps)
 
     def _place(self, path: str) -> str:
         """Where inside a container, whose layers all agree alone, its free run first goes wrong."""
@@ -236,13 +298,39 @@ class Layers:
         for child, calls in self.jax_calls.calls.items():
             if child != path and _below(child, path):
                 for i, call in enumerate(calls[: len(self.torch_calls.calls.get(child, []))]):
-                    events.append((call.entered, "at the input of", child, i, lambda c: (c.args, c.kwargs)))
-                    events.append((call.left, "at the output of", child, i, lambda c: c.output))
-        for _, what, child, i, pick in sorted(events, key=lambda event: event[0]):
-            for value in self._seen(child, i, pick):
+                    events.append((call.entered, "at the input of", child, i, True))
+                    events.append((call.left, "at the output of", child, i, False))
+        for _, what, child, i, coming_in in sorted(events, key=lambda event: event[0]):
+            for value in self._seen(child, i, coming_in):
                 if not judge("", "", "", value, reduction(self.torch, []), 0.0, self.eps, self.reference_eps).ok:
                     return f"; first seen {what} {child}"
         return "; after the last layer in it" if events else ""
+
+
+def exact_runs(
+    of_jax: Callable[[Lift], Any], of_torch: Callable[..., Any], noises: Sequence[Noise], seed: int
+) -> tuple[Runs[Any], set[str]]:
+    """The float64 runs of both sides, and what could not be lifted in them.
+
+    Where a program holds rounded constants it also runs with these off by a rounding. The runs as the models are, `jax`
+    and `torch`, are for the caller to fill in.
+    """
+    lift, exact = Lift(), Exact()
+    ours = of_jax(lift)
+    try:
+        theirs = of_torch(exact)
+    except Exception as error:
+        raise NoReferenceError(f"torch_model cannot be run in float64: {type(error).__name__}: {error}") from error
+    runs = Runs(
+        ours,
+        theirs,
+        ours,
+        theirs,
+        [of_torch(Exact(), noise) for noise in noises],
+        of_jax(Lift(seed)) if lift.rounded else None,
+        of_torch(Exact(np.random.default_rng(seed))) if exact.rounded else None,
+    )
+    return runs, {f"jax {name}" for name in lift.unlifted} | {f"torch {name}" for name in exact.unlifted}
 
 
 def _layouts(jax_values: Sequence[np.ndarray], torch_values: Sequence[np.ndarray]) -> list[Layout] | None:
@@ -253,10 +341,35 @@ def _layouts(jax_values: Sequence[np.ndarray], torch_values: Sequence[np.ndarray
     return None if None in found else [how for how in found if how]
 
 
-def _values(layouts: Sequence[Layout], runs: Sequence[Sequence[np.ndarray]]) -> Iterator[Values]:
-    """The arrays of JAX, torch, both in float64, and torch with noise, brought into the torch layout."""
-    for how, j, t, j64, t64, *noisy in zip(layouts, *runs, strict=True):
-        yield Values(how[0](j), t, how[0](j64), t64, noisy)
+def _double(x: Any) -> Any:
+    return x.double() if is_float(x) else x
+
+
+def _reseeded(model: nnx.Module) -> nnx.Module:
+    """A copy whose streams of random numbers have moved on."""
+    model = nnx.clone(model)
+    nnx.update(model, jax.tree.map(lambda count: count + 1, nnx.state(model, nnx.RngCount)))
+    return model
+
+
+def _same_twice(side: str, first: Any, second: Any, model: Any, paths: dict[str, str]) -> None:
+    """Refuses a model that differs from itself, and names the module: the first to return with another result."""
+    order = sorted((call.left, key, i) for key, calls in first.items() for i, call in enumerate(calls))
+    for _, key, i in order:
+        again = second.get(key, [])
+        one, two = (named_floats(c.output) for c in (first[key][i], again[i] if i < len(again) else Call(())))
+        for name, array in one.items():
+            a, b = to_numpy(array), to_numpy(two[name]) if name in two else None
+            noise = np.inf if b is None else largest(difference(a, b))
+            if noise > np.sqrt(epsilon(a.dtype)) * largest(np.nan_to_num(a.astype(np.float64))):
+                module = submodule(model, paths[key]) if isinstance(model, nnx.Module) else model.get_submodule(key)
+                where = (
+                    f"in {paths[key]} ({type(module).__name__})" if paths[key] else f"in {type(module).__name__} itself"
+                )
+                raise ValueError(
+                    f"{side} differs from itself by {noise:.3g} in two runs on the same inputs, first {where}: "
+                    "turn its noise off"
+                )
 
 
 def _below(path: str, other: str) -> bool:

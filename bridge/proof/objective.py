@@ -1,7 +1,7 @@
 """Loss, gradients and optimizer steps of a whole model, on either side, under the names of the torch side."""
 
-import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,23 @@ import optax
 import torch
 from flax import nnx
 
-from bridge.proof.record import Noise, double, floats, gradients, is_float, leaf_values, split
+from bridge.proof.exact_jax import Lift, Program
+from bridge.proof.exact_torch import Exact
+from bridge.proof.record import (
+    Call,
+    Noise,
+    Programs,
+    copied,
+    device_of,
+    evaluated,
+    gradients,
+    jax_float64,
+    leaf_values,
+    own,
+    picked,
+    split,
+)
+from bridge.proof.trees import arrays, double, floats, is_float, transform
 from bridge.weights.arrays import to_numpy, to_torch
 from bridge.weights.match import Link
 
@@ -35,15 +51,18 @@ class Task:
     """What both models are trained on.
 
     Attributes:
-        inputs, torch_inputs: positional arguments of the two models.
+        call, torch_call: arguments of the two models.
+        names, torch_names: which of their results are compared.
         targets, torch_targets: random values for the default loss, half the mean square distance from them.
         loss: functions (jax output -> scalar, torch output -> scalar) instead.
         optimizer: (optax transformation, function of parameters -> torch optimizer).
         steps: how many steps to take.
     """
 
-    inputs: tuple[np.ndarray, ...]
-    torch_inputs: tuple[np.ndarray, ...]
+    call: Call
+    torch_call: Call
+    names: list[str]
+    torch_names: list[str]
     targets: tuple[np.ndarray, ...]
     torch_targets: tuple[np.ndarray, ...]
     loss: tuple[Callable[[Any], jax.Array], Callable[[Any], torch.Tensor]] | None
@@ -54,8 +73,8 @@ class Task:
         """The same in float64."""
         return replace(
             self,
-            inputs=tuple(map(double, self.inputs)),
-            torch_inputs=tuple(map(double, self.torch_inputs)),
+            call=self.call.double(),
+            torch_call=self.torch_call.double(),
             targets=tuple(map(double, self.targets)),
             torch_targets=tuple(map(double, self.torch_targets)),
         )
@@ -94,21 +113,78 @@ def torch_names(
     return named
 
 
-def train_jax(model: nnx.Module, task: Task, links: Sequence[Link], shapes: dict[str, tuple[int, ...]]) -> Training:
-    """Runs the task on a copy of an nnx model, compiled as a whole."""
-    graph, parameters, rest = split(nnx.clone(model))
-    inputs = tuple(jnp.asarray(array) for array in task.inputs)
-    targets = tuple(jnp.asarray(array) for array in task.targets)
-    loss = None if task.loss is None else task.loss[0]
-    optimizer = task.optimizer[0]
+def train_jax(
+    model: nnx.Module, task: Task, links: Sequence[Link], shapes: dict[str, tuple[int, ...]], lift: Lift | None = None
+) -> Training:
+    """Runs the task on a copy of an nnx model: compiled as a whole or, with `lift`, in float64 (within x64)."""
+    model, plain = nnx.clone(model), nnx.clone(model)
+    if lift is None:
+        program: Callable[..., Any] = Program(_objective(model, task), *_state(model, task))
+    else:
+        with jax.enable_x64(True):
+            model = jax_float64(plain)
+            wide = (object(), _objective(model, task.double()), *_state(model, task.double()))
+        program = partial(
+            evaluated, Programs().widest(wide, (object(), _objective(plain, task), *_state(plain, task))), lift
+        )
+    with jax.enable_x64(True) if lift else nullcontext():
+        return _train_jax(model, task.double() if lift else task, program, links, shapes)
+
+
+def _state(model: nnx.Module, task: Task) -> tuple[Any, ...]:
+    """The arguments of `_objective`: parameters, other state, floating-point inputs, other inputs, targets."""
+    _, parameters, rest = split(model)
+    given = [jnp.asarray(x) for x in arrays(task.call.given)]
+    floating = [x for x in given if is_float(x)], [x for x in given if not is_float(x)]
+    return parameters, rest, *floating, [jnp.asarray(t) for t in task.targets]
+
+
+def _objective(model: nnx.Module, task: Task) -> Callable[..., Any]:
+    """The function of `_state` that gives the loss, results, state after the run, and gradients."""
+    graph, _, _ = split(model)
+    given, loss = task.call.given, task.loss
+
+    def run(parameters: Any, rest: Any, values: list[Any], others: list[Any], targets: list[Any]) -> Any:
+        def objective(parameters: Any, values: list[Any]) -> tuple[jax.Array, tuple[list[jax.Array], Any]]:
+            fresh = nnx.merge(graph, parameters, rest, copy=True)  # or its statistics belong to the trace outside
+            floating, fixed = iter(values), iter(others)
+            new = {id(x): next(floating if is_float(x) else fixed) for x in arrays(given)}
+            args, kwargs = transform(lambda leaf: new.get(id(leaf), own(leaf)), given)
+            output = fresh(*args, **kwargs)
+            outputs = picked(output, task.names)
+            if loss is not None:
+                total = loss[0](output)
+            else:
+                total = sum((jnp.mean(jnp.square(o - t)) for o, t in zip(outputs, targets, strict=True)), jnp.zeros(()))
+                total = total / 2
+            return total, (outputs, split(fresh)[2])
+
+        (value, (outputs, after)), gradients = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(
+            parameters, values
+        )
+        return value, outputs, after, *gradients
+
+    return run
+
+
+def _train_jax(
+    model: nnx.Module,
+    task: Task,
+    program: Callable[..., Any],
+    links: Sequence[Link],
+    shapes: dict[str, tuple[int, ...]],
+) -> Training:
+    graph, _, _ = split(model)
+    parameters, rest, *given = _state(model, task)
 
     def named(parameters: nnx.State, rest: nnx.State) -> dict[str, np.ndarray]:
         return torch_names(links, leaf_values(nnx.merge(graph, parameters, rest)), shapes)
 
+    optimizer = task.optimizer[0]
     state = optimizer.init(parameters)
     losses = []
     for step in range(task.steps + 1):
-        run = _loss_and_gradients(graph, parameters, rest, inputs, targets, loss)
+        run = program(parameters, rest, *given)
         if step == 0:
             first = run
         losses.append(to_numpy(run[0]))
@@ -127,44 +203,18 @@ def train_jax(model: nnx.Module, task: Task, links: Sequence[Link], shapes: dict
     )
 
 
-@partial(jax.jit, static_argnames=("graph", "loss"))
-def _loss_and_gradients(
-    graph: nnx.GraphDef,
-    parameters: nnx.State,
-    rest: nnx.State,
-    inputs: tuple[jax.Array, ...],
-    targets: tuple[jax.Array, ...],
-    loss: Callable[[Any], jax.Array] | None,
-) -> tuple[jax.Array, list[jax.Array], nnx.State, nnx.State, list[jax.Array]]:
-    places = [i for i, array in enumerate(inputs) if is_float(array)]
-
-    def objective(
-        parameters: nnx.State, sources: list[jax.Array]
-    ) -> tuple[jax.Array, tuple[list[jax.Array], nnx.State]]:
-        model = nnx.merge(graph, parameters, rest, copy=True)  # or its statistics belong to the trace outside
-        full = list(inputs)
-        for place, source in zip(places, sources, strict=True):
-            full[place] = source
-        output = model(*full)
-        outputs = floats(output)
-        if loss is not None:
-            value = loss(output)
-        else:
-            value = sum((jnp.mean(jnp.square(o - t)) for o, t in zip(outputs, targets, strict=True)), jnp.zeros(())) / 2
-        return value, (outputs, split(model)[2])
-
-    run = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
-    (value, (outputs, after)), (by_parameters, by_inputs) = run(parameters, [inputs[i] for i in places])
-    return value, outputs, after, by_parameters, by_inputs
+def train_torch(model: torch.nn.Module, task: Task, exact: Exact | None = None, noise: Noise | None = None) -> Training:
+    """Runs the task on a copy of a torch model, with `exact` in float64, its inputs blurred by `noise`."""
+    model = copied(model, exact)
+    with exact or nullcontext():
+        return _train_torch(model, task, noise)
 
 
-def train_torch(model: torch.nn.Module, task: Task, noise: Noise | None = None) -> Training:
-    """Runs the task on a copy of a torch model, its inputs blurred by `noise`."""
-    model = copy.deepcopy(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    inputs = [to_torch(array).to(device) for array in task.torch_inputs]
-    inputs = [noise(x) if noise and is_float(x) else x for x in inputs]
-    sources = [x.requires_grad_() for x in inputs if is_float(x)]
+def _train_torch(model: torch.nn.Module, task: Task, noise: Noise | None) -> Training:
+    device = device_of(model)
+    call = task.torch_call.map(lambda x: to_torch(x).to(device))
+    call = call.map(lambda x: noise(x) if noise and is_float(x) else x)
+    sources = [x.requires_grad_() for x in floats(call.given)]
     targets = [to_torch(array).to(device) for array in task.torch_targets]
     parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     unique = {id(p): p for p in parameters.values()}
@@ -180,8 +230,9 @@ def train_torch(model: torch.nn.Module, task: Task, noise: Noise | None = None) 
         if 0 < step == task.steps:
             final = leaves()  # before the last forward pass moves running statistics once more
         # A module may change its input in place, which autograd allows for everything but leaves.
-        output = model(*(x * 1 if is_float(x) else x for x in inputs))
-        outputs = floats(output)
+        given = call.with_floats([x * 1 for x in sources])
+        output = model(*given.args, **given.kwargs)
+        outputs = picked(output, task.torch_names)
         if task.loss is not None:
             loss = task.loss[1](output)
         else:

@@ -1,6 +1,6 @@
-"""In which precision a program computes: float64 may hold steps that are fixed to float32, float32 products be TF32."""
+"""In which precision a program computes: a float32 model may hold steps in bfloat16, float32 products be TF32."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import torch
-from jax.extend.core import jaxprs_in_params
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from bridge._private import Mode
 from bridge.weights.arrays import dtype_name, numpy_dtype
 
 
@@ -41,22 +40,7 @@ def full_matmul_precision() -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
-def jax_precision(function: Callable[..., Any], *args: Any) -> float:
-    """Epsilon of the coarsest floating-point type among the intermediate results of a JAX function."""
-    return max(_epsilons(jax.make_jaxpr(function)(*args).jaxpr), default=0.0)
-
-
-def _epsilons(jaxpr: Any) -> Iterator[float]:
-    for equation in jaxpr.eqns:
-        for variable in equation.outvars:
-            # A cotangent of type float0 and a random key are no numbers.
-            if jnp.issubdtype(getattr(variable.aval, "dtype", bool), jnp.floating):
-                yield epsilon(variable.aval.dtype)
-        for inner in jaxprs_in_params(equation.params):
-            yield from _epsilons(inner)
-
-
-class TorchPrecision(TorchDispatchMode):
+class TorchPrecision(Mode):
     """While the context lasts, `coarsest` is the epsilon of the coarsest floating-point type of any result."""
 
     def __init__(self) -> None:

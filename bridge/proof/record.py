@@ -1,28 +1,32 @@
 """Runs a model, or one of its modules, on either side, and writes down what went in and came out of every module."""
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
 
-import mhc_jax.nn
-import mhc_torch
-from bridge.proof.precision import TorchPrecision, jax_precision
+from bridge.proof.exact_jax import Lift, Program
+from bridge.proof.exact_torch import Exact
+from bridge.proof.precision import TorchPrecision
+from bridge.proof.trees import arrays, double, floats, is_array, is_float, leaves, transform
+from bridge.weights import rules
 from bridge.weights.arrays import to_numpy, to_torch
 from bridge.weights.match import jax_leaves, value
-from mhc_jax.history import History
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-_SKIPS = (mhc_jax.nn.MHCSkip, mhc_jax.nn.MatrixMHCSkip, mhc_torch.MHCSkip, mhc_torch.MatrixMHCSkip)
+
+
+class NoReferenceError(Exception):
+    """A model could not be run in float64."""
 
 
 @dataclass
@@ -30,10 +34,28 @@ class Call:
     """One call of a module: its arguments, its result, and when it was entered and left in the order of all events."""
 
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    kwargs: dict[str, Any] = field(default_factory=dict)
     output: Any = None
     entered: int = 0
     left: int = 0
+
+    @property
+    def given(self) -> _Arguments:
+        return self.args, self.kwargs
+
+    def map(self, function: Callable[[Any], Any]) -> "Call":
+        """The same call with `function(array)` in place of each distinct array."""
+        new = {id(x): function(x) for x in arrays(self.given)}
+        return Call(*transform(lambda leaf: new.get(id(leaf), leaf), self.given))
+
+    def with_floats(self, new: Sequence[Any]) -> "Call":
+        """The same call, its distinct floating-point arrays replaced in order; masks and the like stay."""
+        by_id = {id(old): replacement for old, replacement in zip(floats(self.given), new, strict=True)}
+        return self.map(lambda x: by_id.get(id(x), x))
+
+    def double(self) -> "Call":
+        """The same call of numpy arrays in float64."""
+        return self.map(double)
 
 
 @dataclass
@@ -57,39 +79,9 @@ class Recording:
         return self.events
 
 
-def is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray, torch.Tensor))
-
-
-def is_float(array: Any) -> bool:
-    return array.is_floating_point() if isinstance(array, torch.Tensor) else jnp.issubdtype(array.dtype, jnp.floating)
-
-
-def double(array: np.ndarray) -> np.ndarray:
-    """The array in float64 if it is floating-point."""
-    return array.astype(np.float64) if is_float(array) else array
-
-
-def arrays(tree: Any) -> list[Any]:
-    """The distinct arrays in a tree of arguments or results, in order; one that is passed three times counts once."""
-    return list({id(leaf): leaf for leaf in jax.tree.leaves(tree) if is_array(leaf)}.values())
-
-
-def floats(tree: Any) -> list[Any]:
-    """The distinct floating-point arrays in a tree."""
-    return [leaf for leaf in arrays(tree) if is_float(leaf)]
-
-
-def skip_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
-    """The arguments of a call; those of a history skip as (branch output, the states it looks at)."""
-    if not isinstance(module, _SKIPS):
-        return args, kwargs
-    given = dict(zip(("x", "history"), args, strict=False)) | kwargs
-    history = given["history"]
-    if isinstance(history, History):
-        history = list(history.window)[-int(history.count) :]
-    window = module.max_history
-    return (given["x"], list(history[-window:])), {}
+def depends_on(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+    """The arguments of a call or, of a module that tells itself what its call depends on, those."""
+    return (module.recorded(*args, **kwargs), {}) if hasattr(module, "recorded") else (args, kwargs)
 
 
 def submodule(model: Any, path: str) -> Any:
@@ -100,11 +92,11 @@ def submodule(model: Any, path: str) -> Any:
 
 
 def jax_float64(model: nnx.Module) -> nnx.Module:
-    """A copy of an nnx module that computes in float64. Call it, and use what it returns, with x64 enabled."""
+    """A copy of an nnx module with float64 leaves, that is told to compute in it. Use it with x64 enabled."""
     model = nnx.clone(model)
     nnx.update(model, jax.tree.map(lambda a: a.astype(jnp.float64) if is_float(a) else a, nnx.state(model)))
     for _, module in nnx.iter_modules(model):
-        if getattr(module, "dtype", None) is not None:
+        if vars(module).get("dtype") is not None:
             setattr(module, "dtype", jnp.float64)  # noqa: B010 - nnx.Module declares no such attribute
     return model
 
@@ -116,6 +108,7 @@ def watch_jax(modules: dict[str, nnx.Module]) -> Iterator[Recording]:
     Python looks `__call__` up on the class, so the classes are patched, and given back as they were.
     """
     recording = Recording()
+    level = jex.get_opaque_trace_state(convention="nnx")
     paths = {id(module): path for path, module in reversed(modules.items())}
     active: list[int] = []
 
@@ -124,12 +117,12 @@ def watch_jax(modules: dict[str, nnx.Module]) -> Iterator[Recording]:
             path = paths.get(id(self))
             if path is None or id(self) in active[-1:]:  # the latter: a __call__ that calls its parent class's
                 return call(self, *args, **kwargs)
-            if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
+            if jex.get_opaque_trace_state(convention="nnx") != level:
                 recording.traced.add(path)
                 return call(self, *args, **kwargs)
             active.append(id(self))
             try:
-                entry = recording.enter(path, *skip_arguments(self, args, kwargs))
+                entry = recording.enter(path, *depends_on(self, args, kwargs))
                 output = call(self, *args, **kwargs)
                 recording.leave(entry, output)
             finally:
@@ -160,12 +153,12 @@ def watch_torch(modules: dict[str, torch.nn.Module]) -> Iterator[Recording]:
 
     def frozen(tree: Any) -> Any:
         copies: dict[int, torch.Tensor] = {}
-        return jax.tree.map(
+        return transform(
             lambda leaf: copies.setdefault(id(leaf), leaf.detach().clone()) if is_array(leaf) else leaf, tree
         )
 
     def enter(path: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stack.append(recording.enter(path, *frozen(skip_arguments(module, args, kwargs))))
+        stack.append(recording.enter(path, *frozen(depends_on(module, args, kwargs))))
 
     def leave(output: Any) -> None:
         recording.leave(stack.pop(), frozen(output))
@@ -181,12 +174,6 @@ def watch_torch(modules: dict[str, torch.nn.Module]) -> Iterator[Recording]:
             handle.remove()
 
 
-def with_arrays(call: Call, new: Sequence[Any]) -> _Arguments:
-    """The arguments of a call, its distinct floating-point arrays replaced in order; masks and the like stay."""
-    by_id = {id(old): replacement for old, replacement in zip(floats((call.args, call.kwargs)), new, strict=True)}
-    return jax.tree.map(lambda leaf: by_id.get(id(leaf), leaf), (call.args, call.kwargs))
-
-
 @dataclass
 class Pull:
     """A module's answer to given inputs and cotangents.
@@ -196,7 +183,7 @@ class Pull:
         inputs: the gradients of its floating-point inputs, in order.
         parameters: the gradients of its parameters, by path.
         state: its other leaves after the call, by path.
-        precision: epsilon of the coarsest floating-point type that it computed in, if it was asked for.
+        precision: epsilon of the coarsest floating-point type that it computed in.
     """
 
     outputs: list[np.ndarray]
@@ -216,114 +203,225 @@ def split(model: nnx.Module) -> tuple[Any, Any, Any]:
     return nnx.split(model, nnx.Param, ...)  # type: ignore[return-value]
 
 
-def pull_jax(
-    module: nnx.Module,
-    call: Call,
-    inputs: Sequence[np.ndarray],
-    cotangents: Sequence[np.ndarray],
-    traced: bool = False,
-) -> Pull:
-    """Runs `module` forward and back; `inputs` replace the floating-point arrays of `call` in order.
+def picked(tree: Any, names: Sequence[str]) -> list[Any]:
+    """The arrays of these names in a tree of results."""
+    found = dict(leaves(tree))
+    return [found[name] for name in names]
 
-    With `traced`, also finds out its precision.
+
+class Programs:
+    """The programs of one verification. Equal layers share one trace; nothing of an earlier verification is kept."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Program] = {}
+
+    def of(self, same: Hashable, function: Callable[..., Any], *args: Any) -> Program:
+        """The program of `function`; calls with an equal `same` and arguments of equal shapes share it."""
+        shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(args))
+        try:
+            key = hash(same) and (same, jax.tree.structure(args), shapes)
+        except TypeError:  # a model that holds a dict or the like
+            key = None
+        if key is None:
+            return Program(function, *args)
+        if key not in self._known:
+            self._known[key] = Program(function, *args)
+        return self._known[key]
+
+    def widest(self, wide: tuple[Any, ...], plain: tuple[Any, ...]) -> Program:
+        """The program (same, function, *args) to evaluate in float64.
+
+        It is that for float64 arguments, whose constants are exact, or the `plain` one if that has steps that insist on
+        float32 and cannot be traced otherwise.
+        """
+        with jax.enable_x64(True):
+            try:
+                return self.of(*wide)
+            except Exception:
+                pass
+        return self.of(*plain)
+
+
+def evaluated(program: Program, lift: Lift, *args: Any) -> Any:
+    """What a program gives in float64; use it with x64 enabled.
+
+    Raises:
+        NoReferenceError: a step cannot be run in float64.
     """
-    graph, parameters, rest = split(module)
-    frame, others = _frame(call)
-    given = [jnp.asarray(array) for array in inputs]
-    outputs, by_parameters, by_inputs, after = _pull(
-        graph, frame, parameters, rest, others, given, [jnp.asarray(c) for c in cotangents]
+    try:
+        with jax.enable_x64(True):
+            return program.exact(lift, *args)
+    except Exception as error:
+        raise NoReferenceError(f"jax_model cannot be run in float64: {type(error).__name__}: {error}") from error
+
+
+def _signature(call: Call) -> Hashable:
+    """What a call fixes but its arrays."""
+    places = {id(x): i for i, x in enumerate(arrays(call.given))}
+    return tuple(
+        (name, places[id(leaf)] if is_array(leaf) else (type(leaf), leaf)) for name, leaf in leaves(call.given)
     )
-    run = partial(_run, graph, frame, rest, others)
+
+
+def pull_program(
+    module: nnx.Module, call: Call, inputs: Sequence[Any], cotangents: Sequence[Any], names: list[str]
+) -> tuple[Any, ...]:
+    """(what makes it the same as another, function, *arguments) of a module forward and back."""
+    graph, parameters, rest = split(module)
+    others = [jnp.asarray(x) for x in arrays(call.given) if not is_float(x)]
+
+    def run(parameters: nnx.State, values: list[Any], rest: nnx.State, others: list[Any]) -> Any:
+        fresh = nnx.merge(graph, parameters, rest, copy=True)
+        left = {id(x): new for x, new in zip(floats(call.given), values, strict=True)}
+        kept = [x for x in arrays(call.given) if not is_float(x)]
+        left |= {id(x): o for x, o in zip(kept, others, strict=True)}
+        args, kwargs = transform(lambda leaf: left.get(id(leaf), own(leaf)), call.given)
+        return picked(fresh(*args, **kwargs), names), split(fresh)[2]
+
+    def pull(
+        parameters: nnx.State, rest: nnx.State, others: list[Any], values: list[Any], cotangents: list[Any]
+    ) -> Any:
+        outputs, pullback, after = jax.vjp(lambda p, v: run(p, v, rest, others), parameters, values, has_aux=True)
+        back = pullback([c.astype(o.dtype) for c, o in zip(cotangents, outputs, strict=True)])
+        return outputs, *back, after
+
+    same = (graph, _signature(call), tuple(names))
+    return same, pull, parameters, rest, others, list(map(jnp.asarray, inputs)), list(map(jnp.asarray, cotangents))
+
+
+def own(leaf: Any) -> Any:
+    """An argument that a call may change: random streams and caches, as a copy."""
+    return nnx.clone(leaf) if isinstance(leaf, nnx.Pytree) else leaf
+
+
+def as_pull(module: nnx.Module, found: Any, precision: float = 0.0) -> Pull:
+    """What the function of `pull_program` gave, as numpy arrays by path."""
+    graph, parameters, rest = split(module)
+    outputs, by_parameters, by_inputs, after = found
     return Pull(
         outputs=[to_numpy(o) for o in outputs],
         inputs=[to_numpy(g) for g in by_inputs],
         parameters=leaf_values(nnx.merge(graph, by_parameters, rest)),
         state=leaf_values(nnx.merge(graph, parameters, after)),
-        precision=jax_precision(lambda *a: run(*a)[0], parameters, given) if traced else 0.0,
+        precision=precision,
     )
 
 
-@dataclass(frozen=True)
-class _Frame:
-    """What stays the same in calls that can share one compiled program: the arguments without their arrays.
-
-    Attributes:
-        structure: of the arguments as a tree.
-        slots: for each leaf of it, ("value", which floating-point array), ("other", which array) or ("constant", it).
-    """
-
-    structure: Any
-    slots: tuple[tuple[str, Any], ...]
-
-    def fill(self, values: Sequence[Any], others: Sequence[Any]) -> _Arguments:
-        source = {"value": values, "other": others}
-        leaves = [content if kind == "constant" else source[kind][content] for kind, content in self.slots]
-        return jax.tree.unflatten(self.structure, leaves)
+def record_jax(model: nnx.Module, paths: dict[str, str], call: Call) -> Recording:
+    """The calls of the modules (key -> path) in an eager run of a copy of the model."""
+    model = nnx.clone(model)  # a call may change statistics
+    with watch_jax({key: submodule(model, path) for key, path in paths.items()}) as recording:
+        given = call.map(jnp.asarray)
+        model(*given.args, **given.kwargs)
+    return recording
 
 
-def _frame(call: Call) -> tuple[_Frame, list[Any]]:
-    """The frame of a call, and its arrays that are not floating-point."""
-    leaves, structure = jax.tree.flatten((call.args, call.kwargs))
-    values = {id(leaf): i for i, leaf in enumerate(floats(leaves))}
-    others: list[Any] = []
-    slots: list[tuple[str, Any]] = []
-    for leaf in leaves:
-        if id(leaf) in values:
-            slots.append(("value", values[id(leaf)]))
-        elif is_array(leaf):
-            slots.append(("other", len(others)))
-            others.append(leaf)
-        else:
-            slots.append(("constant", leaf))
-    return _Frame(structure, tuple(slots)), others
+def record_exact(
+    programs: Programs, wide: nnx.Module, plain: nnx.Module, paths: dict[str, str], call: Call, lift: Lift
+) -> "Seen":
+    """The same in float64."""
+
+    def program(model: nnx.Module, call: Call) -> tuple[Any, ...]:
+        graph, state = nnx.split(model)
+
+        def run(state: nnx.State, given: list[Any]) -> Any:
+            model = nnx.merge(graph, state, copy=True)
+            new = {id(x): y for x, y in zip(arrays(call.given), given, strict=True)}
+            args, kwargs = transform(lambda leaf: new.get(id(leaf), own(leaf)), call.given)
+            with watch_jax({key: submodule(model, path) for key, path in paths.items()}) as recording:
+                model(*args, **kwargs)
+            return {
+                key: [(_all_floats(c.given), _all_floats(c.output)) for c in calls]
+                for key, calls in recording.calls.items()
+            }  # as `seen` does, of traced arrays
+
+        return object(), run, state, list(map(jnp.asarray, arrays(call.given)))
+
+    with jax.enable_x64(True):
+        exact = program(wide, call.double())
+    return jax.tree.map(np.asarray, evaluated(programs.widest(exact, program(plain, call)), lift, *exact[2:]))
 
 
-def _run(
-    graph: nnx.GraphDef, frame: _Frame, rest: nnx.State, others: list[Any], parameters: nnx.State, values: list[Any]
-) -> tuple[list[jax.Array], nnx.State]:
-    fresh = nnx.merge(graph, parameters, rest, copy=True)
-    args, kwargs = frame.fill(values, others)
-    return floats(fresh(*args, **kwargs)), split(fresh)[2]
+# The floating-point arrays, by name, that went into and came out of each call of each module.
+Seen = dict[str, list[tuple[dict[str, Any], dict[str, Any]]]]
 
 
-# Compiled, so that the fifty equal layers of a model cost one trace and not fifty.
-@partial(jax.jit, static_argnames=("graph", "frame"))
-def _pull(
-    graph: nnx.GraphDef,
-    frame: _Frame,
-    parameters: nnx.State,
-    rest: nnx.State,
-    others: list[Any],
-    values: list[jax.Array],
-    cotangents: list[jax.Array],
-) -> tuple[list[jax.Array], nnx.State, list[jax.Array], nnx.State]:
-    run = partial(_run, graph, frame, rest, others)
-    outputs, pullback, after = jax.vjp(run, parameters, values, has_aux=True)
-    by_parameters, by_inputs = pullback([c.astype(o.dtype) for c, o in zip(cotangents, outputs, strict=True)])
-    return outputs, by_parameters, by_inputs, after
+def seen(recording: Recording) -> Seen:
+    """The numbers of a recording."""
+
+    def numbers(tree: Any) -> dict[str, np.ndarray]:
+        return {name: to_numpy(x) for name, x in _all_floats(tree).items()}
+
+    return {key: [(numbers(c.given), numbers(c.output)) for c in calls] for key, calls in recording.calls.items()}
+
+
+def _all_floats(tree: Any) -> dict[str, Any]:
+    return {name: leaf for name, leaf in leaves(tree) if is_array(leaf) and is_float(leaf)}
 
 
 def pull_torch(
-    module: torch.nn.Module, call: Call, inputs: Sequence[np.ndarray], cotangents: Sequence[np.ndarray]
+    module: torch.nn.Module,
+    call: Call,
+    inputs: Sequence[np.ndarray],
+    cotangents: Sequence[np.ndarray],
+    names: list[str],
+    exact: Exact | None = None,
 ) -> Pull:
-    """As `pull_jax`, on a copy of a torch module."""
-    module = copy.deepcopy(module)
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    """A copy of a torch module forward and back; `inputs` replace the floating-point arrays of `call` in order."""
+    module = copied(module, exact)
+    device = device_of(module)
     sources = [to_torch(array).to(device).requires_grad_() for array in inputs]
     # A module may change its input in place, which autograd allows for everything but leaves.
-    args, kwargs = with_arrays(call, [tensor * 1 for tensor in sources])
-    with TorchPrecision() as seen:
-        outputs = floats(module(*args, **kwargs))
-    parameters = {name: p for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
-    wanted = [*sources, *parameters.values()]
-    found = gradients(outputs, [to_torch(c).to(o) for c, o in zip(cotangents, outputs, strict=True)], wanted)
+    given = call.with_floats([tensor * 1 for tensor in sources])
+    with exact or TorchPrecision() as seen:
+        outputs = picked(module(*given.args, **given.kwargs), names)
+        parameters = {name: p for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+        wanted = [*sources, *parameters.values()]
+        found = gradients(outputs, [to_torch(c).to(o) for c, o in zip(cotangents, outputs, strict=True)], wanted)
     return Pull(
         outputs=[to_numpy(o) for o in outputs],
         inputs=found[: len(sources)],
         parameters=dict(zip(parameters, found[len(sources) :], strict=True)),
         state={name: to_numpy(b) for name, b in module.named_buffers(remove_duplicate=False)},
-        precision=seen.coarsest,
+        precision=seen.coarsest if isinstance(seen, TorchPrecision) else 0.0,
     )
+
+
+def record_torch(
+    model: torch.nn.Module, paths: Sequence[str], call: Call, exact: Exact | None = None, noise: "Noise | None" = None
+) -> Recording:
+    """The calls of the modules at these paths in a run of a copy of the model."""
+    model = copied(model, exact)
+    device = device_of(model)
+    tensors = call.map(lambda x: to_torch(x).to(device))
+    if noise:
+        tensors = tensors.map(lambda x: noise(x) if is_float(x) else x)
+    watched = watch_torch({path: model.get_submodule(path) for path in paths})
+    with watched as recording, torch.no_grad(), exact or nullcontext():
+        model(*tensors.args, **tensors.kwargs)
+    return recording
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def copied(model: torch.nn.Module, exact: Exact | None) -> torch.nn.Module:
+    """A copy of a torch module; with `exact`, the tensors that it holds beside its leaves count as constants."""
+    model = copy.deepcopy(model)
+    if exact is not None:
+        kept = {id(x) for x in model.state_dict(keep_vars=True).values()}
+        for module in model.modules():
+            for name, tensor in {
+                **vars(module),
+                **dict(module.named_buffers(recurse=False, remove_duplicate=False)),
+            }.items():
+                if isinstance(tensor, torch.Tensor) and id(tensor) not in kept:
+                    # `double()` has widened it, but it was computed and rounded in float32: a table of frequencies.
+                    narrow = tensor.float() if is_float(tensor) else tensor
+                    computed = narrow if torch.equal(narrow.to(tensor), tensor) else tensor
+                    setattr(module, name, exact.constant(computed.detach()))
+    return model
 
 
 def gradients(
@@ -361,25 +459,11 @@ class Noise:
             module.register_forward_hook(lambda *call: self._blur(*call))
 
     def _blur(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        factor = _cancellation(module, args)
+        factor = rules.cancellation(module, args)
         if factor > 1 and args[0].requires_grad:
             args[0].register_hook(lambda gradient: self(gradient, factor))
-        return jax.tree.map(lambda leaf: self(leaf, factor) if is_array(leaf) and is_float(leaf) else leaf, output)
+        return transform(lambda leaf: self(leaf, factor) if is_array(leaf) and is_float(leaf) else leaf, output)
 
     def __call__(self, tensor: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
         signs = 2 * torch.randint(2, tensor.shape, generator=self.generator, dtype=torch.float64) - 1
         return tensor * (1 + factor * self.amplitude * signs.to(tensor.device))
-
-
-def _cancellation(module: torch.nn.Module, args: tuple[Any, ...]) -> float:
-    """How much less exact than its inputs a normalization is: Flax takes the variance as E[x²] - E[x]²."""
-    if isinstance(module, torch.nn.LayerNorm):
-        groups = args[0].reshape(-1, math.prod(module.normalized_shape))
-    elif isinstance(module, torch.nn.GroupNorm):
-        groups = args[0].reshape(len(args[0]) * module.num_groups, -1)
-    elif isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training:
-        groups = args[0].transpose(0, 1).flatten(1)
-    else:
-        return 1.0
-    ratio = groups.mean(-1).square() / (groups.var(-1, unbiased=False) + module.eps)
-    return 1.0 + ratio.max().item()

@@ -21,7 +21,8 @@ class Row:
         jax_path: its JAX name.
         shape, dtype: of the torch value.
         figures: the JAX value (`a`) against the torch value (`b`), as the models computed them.
-        ok: the verdict.
+        ok: whether the two agree as far as rounding allows.
+        proved: whether that says something: False where the value answers to rounding with a jump.
         why: where the tolerances come from, after what is wrong.
         jax_error, torch_error: largest distance of each side from its own float64 run.
         float64_gap: largest distance of the two float64 runs from each other: of the functions, without the rounding.
@@ -37,6 +38,7 @@ class Row:
     figures: Figures
     ok: bool
     why: str
+    proved: bool = True
     jax_error: float = 0.0
     torch_error: float = 0.0
     float64_gap: float = 0.0
@@ -57,25 +59,39 @@ class Report:
         header: versions, devices, precision settings, threads, seed.
         rows: every comparison, in the order of execution.
         faults: torch path of each module where a difference is born -> what is wrong there.
-        notes: what could not be compared, and settings that differ.
+        notes: what could not be compared.
+        unproved: why equal figures are no proof: there was no float64 reference, a setting differs, and the like.
         logits: Kullback-Leibler divergence in nats and top-k agreement of the model's output, taken as logits.
+
+    Example:
+        >>> report = Report({"seed": 0}, [], unproved=["setting differs: rate"])
+        >>> report.verdict, report.ok, report.exit_status
+        ('NOT PROVED', False, 3)
     """
 
     header: dict[str, Any]
     rows: list[Row]
     faults: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    unproved: list[str] = field(default_factory=list)
     logits: dict[str, float] = field(default_factory=dict)
 
     @property
+    def verdict(self) -> str:
+        """ "DIFFERENT" if a fault was found, "NOT PROVED" if none was but `unproved` has reasons, else "EQUAL"."""
+        if self.faults or not all(row.ok for row in self.rows):
+            return "DIFFERENT"
+        return "NOT PROVED" if self.unproved else "EQUAL"
+
+    @property
     def ok(self) -> bool:
-        """Whether every row holds and no fault was found."""
-        return not self.faults and all(row.ok for row in self.rows)
+        """Whether the verdict is "EQUAL"."""
+        return self.verdict == "EQUAL"
 
     @property
     def exit_status(self) -> int:
-        """0 if all is equal, else 1: `sys.exit(report.exit_status)` in continuous integration."""
-        return 0 if self.ok else 1
+        """0 if equal, 1 if different, 3 if not proved: `sys.exit(report.exit_status)` in continuous integration."""
+        return {"EQUAL": 0, "DIFFERENT": 1, "NOT PROVED": 3}[self.verdict]
 
     def __bool__(self) -> bool:
         return self.ok
@@ -89,7 +105,7 @@ class Report:
         shown = self.rows if full else []
         for check in () if full else checks:
             rows = [row for row in self.rows if row.check == check]
-            shown += [row for row in rows if not row.ok] or [max(rows, key=Row.strain)]
+            shown += [row for row in rows if not (row.ok and row.proved)] or [max(rows, key=Row.strain)]
         lines = [("of", *_COLUMNS), *((str(checks[row.check]), *_cells(row)) for row in shown)]
         if not full:
             kept = [i for i, name in enumerate(lines[0]) if name in _SHORT]
@@ -106,11 +122,12 @@ class Report:
         lines = [f"note: {note}" for note in self.notes]
         lines += [f"{name}: {value:.3g}" for name, value in self.logits.items()]
         lines += [f"FAULT in {path or 'the whole model'}: {text}" for path, text in self.faults.items()]
-        return [*lines, "EQUAL" if self.ok else f"DIFFERENT: {failed} of {len(self.rows)} comparisons fail"]
+        lines += [f"NOT PROVED: {text}" for text in self.unproved]
+        return [*lines, self.verdict + (f": {failed} of {len(self.rows)} comparisons fail" if failed else "")]
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as strict JSON (infinity and NaN as strings), written to `path` if given."""
-        content = {"ok": self.ok, **asdict(self)}
+        content = {"ok": self.ok, "verdict": self.verdict, **asdict(self)}
         text = json.dumps(_strict(content), indent=1, allow_nan=False)
         return _written(text, path)
 
@@ -125,7 +142,7 @@ class Report:
         )
         lines = "".join(f"<p>{html.escape(line)}</p>\n" for line in self._verdict())
         facts = "".join(f"<li>{html.escape(line)}</li>\n" for line in self._head())
-        title = f"bridge.verify: {'equal' if self.ok else 'different'}"
+        title = f"bridge.verify: {self.verdict.lower()}"
         page = _PAGE.format(title=title, lines=lines, facts=facts, head=head, body=body)
         return _written(page, path)
 
@@ -161,9 +178,13 @@ def _cells(row: Row) -> tuple[str, ...]:
         *(row.check, row.path or ".", "x".join(map(str, row.shape)) or "()", row.dtype),
         *(f.max_abs, str(list(f.index)), f.a, f.b, f.max_rel, f.p99, f.ulp_max, f.ulp_p99, f"{f.cosine:.7f}"),
         *(f.snr_db, f"{f.nan[0]}/{f.nan[1]}", f"{f.inf[0]}/{f.inf[1]}", row.jax_error, row.torch_error),
-        *(row.tolerance, row.float64_gap, row.float64_tolerance, "ok" if row.ok else "DIFFERENT"),
+        *(row.tolerance, row.float64_gap, row.float64_tolerance, _word(row)),
     )
     return tuple(f"{cell:.3g}" if isinstance(cell, int | float) else cell for cell in cells)
+
+
+def _word(row: Row) -> str:
+    return "DIFFERENT" if not row.ok else "ok" if row.proved else "not proved"
 
 
 def _strict(tree: Any) -> Any:

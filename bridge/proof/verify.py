@@ -3,7 +3,10 @@
 import copy
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import flax
@@ -14,17 +17,24 @@ import optax
 import torch
 from flax import nnx
 
-from bridge.proof.judge import AS_IT_IS, Layout, Values, judge, largest, layout, reduction
-from bridge.proof.layers import Layers
+from bridge.proof.exact_jax import Lift
+from bridge.proof.inputs import call_of, describe
+from bridge.proof.judge import AS_IT_IS, CEILING, Runs, item, judge, largest, layout, reduction
+from bridge.proof.layers import Layers, exact_runs
 from bridge.proof.metrics import compare, difference, kl_divergence, top_k_agreement
 from bridge.proof.objective import Task, Training, amplification, default_optimizer, torch_names, train_jax, train_torch
 from bridge.proof.precision import epsilon, full_matmul_precision, matmul_settings
-from bridge.proof.record import AMPLITUDES, Noise, floats, jax_float64, leaf_values
+from bridge.proof.record import AMPLITUDES, Call, Noise, NoReferenceError, Programs, device_of, leaf_values, picked
 from bridge.proof.report import Report, Row
+from bridge.proof.trees import floats, named_floats
 from bridge.weights.arrays import to_numpy, to_torch
 from bridge.weights.match import match
 
 _EXACT = "copied weights are equal bit for bit"
+_DROPOUTS = (
+    *(torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d),
+    *(torch.nn.AlphaDropout, torch.nn.FeatureAlphaDropout),
+)
 
 
 def verify(
@@ -33,6 +43,8 @@ def verify(
     inputs: Any,
     *,
     torch_inputs: Any = None,
+    outputs: Mapping[str, str] | None = None,
+    training: bool = True,
     loss: tuple[Callable[[Any], jax.Array], Callable[[Any], torch.Tensor]] | None = None,
     optimizer: tuple[optax.GradientTransformation, Callable[..., torch.optim.Optimizer]] | None = None,
     steps: int = 0,
@@ -41,12 +53,18 @@ def verify(
     """Compares two models of the same structure: weights, every layer, gradients and training steps.
 
     Neither model is changed. Dropout and other noise is off, batch statistics are tried in both modes, and products of
-    float32 matrices are taken in float32, whatever the frameworks are set to (TF32, bfloat16).
+    float32 matrices are taken in float32, whatever the frameworks are set to (TF32, bfloat16). The verdict rests on
+    runs of both in float64, in which casts inside the models are lifted.
 
     Args:
         jax_model, torch_model: models that `bridge.convert` could convert into each other.
-        inputs: the JAX model's input array (numpy, jax or torch), or a tuple of several.
+        inputs: what the JAX model is called with: an array (numpy, jax or torch), a tuple of arguments, a dict of
+            keyword arguments, or `bridge.Inputs(*args, **kwargs)`. Arguments may be trees of arrays; what is no array
+            (None, True, a cache object) is passed as it is.
         torch_inputs: the torch model's, where they differ: images are channels first there.
+        outputs: names of JAX results -> names of torch results to compare, such as {"": "logits"}; "" is a bare array,
+            and "hidden.0" the first of the tuple `hidden`. By default all, by name or, where a side has none, in order.
+        training: whether to compare gradients and optimizer steps of the whole model. Gradients of layers are.
         loss: (function of the JAX output, function of the torch output), each giving a scalar; by default half the mean
             square distance of the outputs from random targets.
         optimizer: (optax transformation, function of a list of parameters -> torch optimizer); by default AdamW with a
@@ -55,45 +73,39 @@ def verify(
         seed: for targets, cotangents and the simulated rounding.
 
     Returns:
-        A report that prints as a table and is truthy if all is equal. `report.faults` names the modules in which
-        differences begin.
+        A report that prints as a table and is truthy if its verdict is "EQUAL". `report.faults` names the modules in
+        which differences begin, `report.unproved` says why equal figures are no proof.
 
     Raises:
         TypeError: the models are not one of each framework.
         ValueError: the models do not correspond leaf by leaf; `inputs` holds no array, or one that holds NaN, or
-            float64 for models of less; `steps` is negative. Errors of the models themselves get a note of the inputs.
+            float64 for models of less; `steps` is negative, or not 0 without `training`; the results do not correspond;
+            a model differs from itself in two runs. Errors of the models themselves get a note of side and inputs.
+
+    Example:
+        >>> import numpy, torch
+        >>> from flax import nnx
+        >>> from bridge import convert
+        >>> jax_model, x = nnx.Linear(4, 2, rngs=nnx.Rngs(0)), numpy.ones((3, 4), "float32")
+        >>> torch_model = convert(jax_model, torch.nn.Linear(4, 2))
+        >>> verify(jax_model, torch_model, {"inputs": x}, torch_inputs={"input": x}).verdict
+        'EQUAL'
     """
     if not (isinstance(jax_model, nnx.Module) and isinstance(torch_model, torch.nn.Module)):
         kinds = f"{type(jax_model).__name__} and {type(torch_model).__name__}"
         raise TypeError(f"jax_model and torch_model must be an nnx.Module and a torch.nn.Module, got {kinds}")
     if steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}")
-    jax_args = _as_inputs(inputs, "inputs", torch_model)
-    torch_args = jax_args if torch_inputs is None else _as_inputs(torch_inputs, "torch_inputs", torch_model)
-    run = _Verification(jax_model, torch_model, jax_args, torch_args, seed)
+    if steps and not training:
+        raise ValueError(f"steps={steps} needs training=True")
+    jax_call = call_of(inputs, "inputs", torch_model)
+    torch_call = jax_call if torch_inputs is None else call_of(torch_inputs, "torch_inputs", torch_model)
+    run = _Verification(jax_model, torch_model, jax_call, torch_call, seed)
     header = _header(torch_model, seed)
-    try:
-        with full_matmul_precision():
-            return run.report(header, loss, optimizer or default_optimizer(), steps)
-    except Exception as error:  # the models raise what they like: it helps to know what they were given
-        for name, given in (("inputs", jax_args), ("torch_inputs", torch_args)):
-            error.add_note(f"{name}: " + ", ".join(f"{x.dtype}{list(x.shape)}" for x in given))
-        raise
-
-
-def _as_inputs(inputs: Any, name: str, model: torch.nn.Module) -> tuple[np.ndarray, ...]:
-    given = inputs if isinstance(inputs, tuple) else (inputs,)
-    if not given or not all(isinstance(x, (np.ndarray, jax.Array, torch.Tensor)) for x in given):
-        kinds = ", ".join(type(x).__name__ for x in given) or "nothing"
-        raise ValueError(f"{name} must be an array or a tuple of arrays, got {kinds}")
-    arrays = tuple(to_numpy(x) for x in given)
-    widest = max((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), default=8)
-    for i, array in enumerate(arrays):
-        if np.isnan(array).any():  # infinity is a value: masks have it
-            raise ValueError(f"{name}[{i}] holds NaN, of which equal outputs would prove nothing")
-        if array.dtype == np.float64 and widest < 8:
-            raise ValueError(f"{name}[{i}] is float64, and no parameter is: pass {name}.astype(numpy.float32)")
-    return arrays
+    # Whatever noise a model makes is the same in each verification, and the caller's streams are as they were.
+    with full_matmul_precision(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return run.report(header, outputs, loss, optimizer or default_optimizer(), steps if training else None)
 
 
 class _Verification:
@@ -103,32 +115,91 @@ class _Verification:
         self,
         jax_model: nnx.Module,
         torch_model: torch.nn.Module,
-        jax_inputs: tuple[np.ndarray, ...],
-        torch_inputs: tuple[np.ndarray, ...],
+        jax_call: Call,
+        torch_call: Call,
         seed: int,
     ) -> None:
         self.jax_model, self.torch_model = nnx.clone(jax_model), copy.deepcopy(torch_model)
-        self.jax_inputs, self.torch_inputs = jax_inputs, torch_inputs
-        self.seed = seed
+        self.jax_call, self.torch_call = jax_call, torch_call
+        self.seed, self.programs = seed, Programs()
         self.match = match(self.jax_model, self.torch_model)
         self.eps = max((epsilon(p.dtype) for p in self.torch_model.parameters()), default=0.0)
         self.rows: list[Row] = []
         self.faults: dict[str, str] = {}
-        self.notes = [f"setting differs: {line}" for line in self.match.settings]
+        self.notes: list[str] = []
+        self.unproved = [f"setting differs: {line}" for line in self.match.settings]
+        self.unlifted: set[str] = set()
         self.logits: dict[str, float] = {}
 
-    def report(self, header: dict[str, Any], loss: Any, optimizer: Any, steps: int) -> Report:
+    def report(self, header: dict[str, Any], names: Any, loss: Any, optimizer: Any, steps: int | None) -> Report:
+        """The whole verification; without training if `steps` is None."""
         self.weights()
-        modes = [False, True] if any(_has_statistics(m) for m in self.torch_model.modules()) else [False]
-        for training in modes:
-            _set_mode(self.jax_model, self.torch_model, training)
-            layers = Layers(self.jax_model, self.torch_model, self.jax_inputs, self.torch_inputs, self.seed)
-            self.rows += layers.rows
-            self.reference_eps, self.batch_norms = layers.reference_eps, layers.batch_norms
-            self.faults = layers.faults | self.faults
-            self.notes += [note for note in layers.notes if note not in self.notes]
-        self.training(loss, optimizer, steps)
-        return Report(header, self.rows, self.faults, self.notes, self.logits)
+        reference = "float64, with casts inside the models lifted"
+        alone: dict[str, str] = {}
+        try:
+            _set_mode(self.jax_model, self.torch_model, False)
+            self.outputs(names)
+            statistics = any(getattr(module, "track_running_stats", False) for module in self.torch_model.modules())
+            for mode in [False, True] if statistics else [False]:
+                _set_mode(self.jax_model, self.torch_model, mode)
+                layers = Layers(
+                    self.jax_model,
+                    self.torch_model,
+                    self.jax_call,
+                    self.torch_call,
+                    self.seed,
+                    self.programs,
+                    self.results,
+                )
+                self.rows += layers.rows
+                self.eps, self.reference_eps = max(self.eps, layers.eps), layers.reference_eps
+                self.batch_norms, self.unlifted = layers.batch_norms, self.unlifted | layers.unlifted
+                self.faults = layers.faults | self.faults
+                alone |= layers.alone
+                self.notes += [note for note in layers.notes if note not in self.notes]
+            if steps is not None:
+                self.training(loss, optimizer, steps)
+        except NoReferenceError as error:
+            reference = f"none: {error}"
+            self.unproved.append(f"there is no float64 reference: {error}")
+        if self.unlifted:
+            reference = f"float64, but for what cannot be lifted: {', '.join(sorted(self.unlifted))}"
+            self.unproved.append(f"the reference is not all float64: cannot lift {', '.join(sorted(self.unlifted))}")
+        jumps = [row for row in self.rows if not row.proved]
+        if jumps:
+            where = ", ".join(dict.fromkeys(f"{row.check} {row.path}".strip() for row in jumps[:3]))
+            self.unproved.append(
+                f"{len(jumps)} values are so sensitive to rounding that float64 does not tell {CEILING:.0e} of them: "
+                f"{where}"
+            )
+        header = {**header, "reference": reference}
+        if alone:
+            header["layers not run alone"] = "; ".join(f"{path or 'the model'}: {why}" for path, why in alone.items())
+        return Report(header, self.rows, self.faults, self.notes, self.unproved, self.logits)
+
+    def outputs(self, names: Mapping[str, str] | None) -> None:
+        """Which results correspond, before any other work; and whether they are numbers."""
+        ours, theirs = self._results()
+        if names is None:
+            names = _paired(list(ours), list(theirs))
+        for chosen, found, side in ((list(names), ours, "jax_model"), (list(names.values()), theirs, "torch_model")):
+            for name in chosen:
+                if name not in found:
+                    raise ValueError(f"outputs: {side} gives no floating-point result {name!r}, but {_listed(found)}")
+        self.results = list(names), list(names.values())
+        for i, (j, t) in enumerate(zip(picked(ours, self.results[0]), picked(theirs, self.results[1]), strict=True)):
+            a, b = to_numpy(j), to_numpy(t)
+            how = layout(a, b)
+            if how is None:
+                raise ValueError(
+                    f"output {self.results[0][i]!r} of jax_model has shape {a.shape}, "
+                    f"that of torch_model, {self.results[1][i]!r}, {b.shape}; "
+                    "outputs={jax name: torch name} says which correspond"
+                )
+            if np.isnan(a).any() and np.isnan(b).any():
+                self.unproved.append(f"output {i} holds NaN in both models: of those elements nothing is proved")
+            elif np.isinf(a).any() and np.isinf(b).any():
+                self.notes.append(f"output {i} holds infinity in both models")
 
     def weights(self) -> None:
         """Every leaf, bit by bit."""
@@ -150,104 +221,118 @@ class _Verification:
     def training(self, loss: Any, optimizer: Any, steps: int) -> None:
         """The whole model as it will really run: output, loss, gradients, steps."""
         _set_mode(self.jax_model, self.torch_model, True)
-        outputs = self._outputs()
-        layouts = [layout(j, t) for j, t in outputs]
-        for (j, t), how in zip(outputs, layouts, strict=True):
-            if how is None:
-                raise ValueError(f"the output of jax_model has shape {j.shape}, that of torch_model {t.shape}")
-        for i, (j, t) in enumerate(outputs):
-            if not (np.isfinite(j).all() or np.isfinite(t).all()):
-                self.notes.append(
-                    f"output {i} holds NaN or infinity in both models: of those elements nothing is proved"
-                )
+        ours, theirs = (picked(found, names) for found, names in zip(self._results(), self.results, strict=True))
+        outputs = [(to_numpy(j), to_numpy(t)) for j, t in zip(ours, theirs, strict=True)]
+        layouts = [layout(j, t) or AS_IT_IS for j, t in outputs]
         rng = np.random.default_rng(self.seed)
         targets = tuple(rng.standard_normal(j.shape).astype(j.dtype) for j, _ in outputs)
-        torch_targets = tuple(how[0](t) for how, t in zip(layouts, targets, strict=True) if how)
-        task = Task(self.jax_inputs, self.torch_inputs, targets, torch_targets, loss, optimizer, steps)
+        torch_targets = tuple(how[0](t) for how, t in zip(layouts, targets, strict=True))
+        task = Task(self.jax_call, self.torch_call, *self.results, targets, torch_targets, loss, optimizer, steps)
         runs = self._trainings(task)
-        truth = runs[3]
-        n = reduction(self.torch_model, self.torch_inputs)
-        total = max(n, *(x.size for x in self.torch_inputs))
+        truth = runs.torch64
+        given = floats(self.torch_call.given)
+        n = reduction(self.torch_model, given)
+        total = max([n, *(x.size for x in given)])
 
-        def row(check: str, path: str, found: list[np.ndarray], n: int, scale: float = 0.0) -> Row:
-            j, t, j64, t64, *noisy = found
-            how: Layout = AS_IT_IS if path in self.match.torch else layout(j64, t64) or AS_IT_IS
-            values = Values(how[0](j), t, how[0](j64), t64, noisy)
+        def row(check: str, path: str, of: Callable[[Training], np.ndarray], n: int, scale: float = 0.0) -> Row:
+            values = runs.values(of, how=AS_IT_IS if path in self.match.torch else None)
             self.rows.append(judge(check, path, self.jax_name(path), values, n, scale, self.eps, self.reference_eps))
             return self.rows[-1]
 
-        for i, (j, t) in enumerate(outputs):
-            row("value", f"output {i}", [run.outputs[i] for run in runs], n)
-            how = layouts[i]
-            if how is not None and t.ndim > 1:
+        for i, (_, t) in enumerate(outputs):
+            row("value", f"output {i}", item(attrgetter("outputs"), i), n)
+            if t.ndim > 1:
+                j, t, how = runs.jax.outputs[i], runs.torch.outputs[i], layouts[i]
                 self.logits[f"output {i} as logits: KL divergence in nats"] = kl_divergence(how[0](j), t)
                 for k in (1, 5):
                     self.logits[f"output {i} as logits: top-{k} agreement"] = top_k_agreement(how[0](j), t, k)
         for step in range(steps + 1):
-            row("loss", f"after {step} steps", [run.losses[step] for run in runs], total)
+            row("loss", f"after {step} steps", item(attrgetter("losses"), step), total)
         scale = max([0.0, *(largest(g) for g in (*truth.gradients.values(), *truth.inputs))])
         for i in range(len(truth.inputs)):
-            row("gradient", f"input {i}", [run.inputs[i] for run in runs], total, scale)
+            row("gradient", f"input {i}", item(attrgetter("inputs"), i), total, scale)
         rounding = {
-            name: row("gradient", name, [run.gradients[name] for run in runs], total, scale).tolerance
+            name: row("gradient", name, item(attrgetter("gradients"), name), total, scale).tolerance
             for name in truth.gradients
         }
-        states = self._statistics([run.state for run in runs], 1)
-        for name in (name for name in runs[0].state if name not in truth.gradients):
-            row("state", name, [state[name] for state in states], total)
+        for name in (name for name in runs.jax.state if name not in truth.gradients):
+            row("state", name, item(attrgetter("state"), name), total)
         factor = amplification(optimizer[1])
-        finals = self._statistics([run.final for run in runs], steps)
-        starts = {name: to_numpy(self.match.torch[name]).astype(np.float64) for name in runs[0].final}
+        starts = {name: to_numpy(self.match.torch[name]).astype(np.float64) for name in runs.jax.final}
         longest = max((largest(truth.final[name] - start) for name, start in starts.items()), default=0.0)
         for name, start in starts.items():
             # An adaptive optimizer divides a gradient by its own size: where that is rounding alone, so is the step.
             loose = np.abs(truth.gradients[name]) <= rounding[name] if name in rounding else np.zeros(start.shape, bool)
-            final = [
-                np.where(loose & (difference(found[name], start) <= 2 * longest), start, found[name]).astype(
-                    found[name].dtype
-                )
-                for found in finals
-            ]
+
+            def final(run: Training, name: str = name, start: np.ndarray = start, loose: np.ndarray = loose) -> Any:
+                found = run.final[name]
+                still = loose & (difference(found, start) <= 2 * longest)
+                return np.where(still, start, found).astype(found.dtype)
+
             scale = largest(start) + factor * largest(truth.final[name] - start)
             row(f"after {steps} steps", name, final, total, scale)
         worst = next((row for row in self.rows if not row.ok), None)
         if worst and not self.faults:
             self.faults[""] = f"every layer agrees alone, yet the {worst.check} of {worst.path} differs: {worst.why}"
 
-    def _trainings(self, task: Task) -> list[Training]:
-        """JAX, torch, both in float64, and torch in float64 with simulated rounding."""
-        task64 = task.double()
+    def _trainings(self, task: Task) -> Runs[Training]:
+        """Every run of the whole model; running variances of JAX as torch would have them."""
+        double = task.double()
         shapes = {name: tuple(leaf.shape) for name, leaf in self.match.torch.items()}
         torch64 = copy.deepcopy(self.torch_model).double()
         noises = [Noise(torch64, amplitude, self.seed + i) for i, amplitude in enumerate(AMPLITUDES)]
-        with jax.enable_x64(True):
-            jax64 = train_jax(jax_float64(self.jax_model), task64, self.match.links, shapes)
-        return [
-            train_jax(self.jax_model, task, self.match.links, shapes),
-            train_torch(self.torch_model, task),
-            jax64,
-            train_torch(torch64, task64),
-            *(train_torch(noise.model, task64, noise) for noise in noises),
-        ]
 
-    def _statistics(self, states: list[dict[str, np.ndarray]], updates: int) -> list[dict[str, np.ndarray]]:
-        """The states of all runs, those of JAX (first and third) with running variances as torch would have them."""
-        return [
-            self.batch_norms.in_torch(state, "", updates) if i in (0, 2) else state for i, state in enumerate(states)
-        ]
+        def of_jax(lift: Lift | None) -> Training:
+            run = train_jax(self.jax_model, task, self.match.links, shapes, lift)
+            in_torch = self.batch_norms.in_torch
+            return replace(run, state=in_torch(run.state, "", 1), final=in_torch(run.final, "", task.steps))
 
-    def _outputs(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        j = floats(nnx.clone(self.jax_model)(*map(jnp.asarray, self.jax_inputs)))
-        device = next((p.device for p in self.torch_model.parameters()), torch.device("cpu"))
-        with torch.no_grad():
-            t = floats(copy.deepcopy(self.torch_model)(*(to_torch(x).to(device) for x in self.torch_inputs)))
-        if len(j) != len(t):
-            raise ValueError(f"jax_model gives {len(j)} floating-point results, torch_model {len(t)}")
-        return [(to_numpy(a), to_numpy(b)) for a, b in zip(j, t, strict=True)]
+        runs, unlifted = exact_runs(
+            of_jax,
+            lambda exact, noise=None: train_torch(noise.model if noise else torch64, double, exact, noise),
+            noises,
+            self.seed,
+        )
+        self.unlifted |= unlifted
+        runs.jax, runs.torch = of_jax(None), train_torch(self.torch_model, task)
+        return runs
+
+    def _results(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The floating-point results of both models by name."""
+        given = self.jax_call.map(jnp.asarray)
+        with _noted("jax_model", self.jax_call):
+            ours = named_floats(nnx.clone(self.jax_model)(*given.args, **given.kwargs))
+        device = device_of(self.torch_model)
+        given = self.torch_call.map(lambda x: to_torch(x).to(device))
+        with _noted("torch_model", self.torch_call), torch.no_grad():
+            return ours, named_floats(copy.deepcopy(self.torch_model)(*given.args, **given.kwargs))
 
 
-def _has_statistics(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.modules.batchnorm._NormBase) and module.track_running_stats
+@contextmanager
+def _noted(side: str, call: Call) -> Iterator[None]:
+    """The models raise what they like: it helps to know which, and what it was given."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"{side} was called with {describe(call)}")
+        raise
+
+
+def _paired(ours: list[str], theirs: list[str]) -> dict[str, str]:
+    """Results by name or, where one side has only numbers for names, in order."""
+    if set(ours) == set(theirs):
+        return {name: name for name in ours}
+    unnamed = any(all(name.replace(".", "").isdigit() or not name for name in names) for names in (ours, theirs))
+    if len(ours) != len(theirs) or not unnamed:
+        raise ValueError(
+            f"jax_model gives {len(ours)} floating-point results ({_listed(ours)}), torch_model {len(theirs)} "
+            f"({_listed(theirs)}): say which correspond, outputs={{jax name: torch name}}"
+        )
+    return dict(zip(ours, theirs, strict=True))
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(repr(name) for name in names) or "none"
 
 
 def _set_mode(jax_model: nnx.Module, torch_model: torch.nn.Module, training: bool) -> None:
@@ -256,9 +341,7 @@ def _set_mode(jax_model: nnx.Module, torch_model: torch.nn.Module, training: boo
     jax_model.set_attributes(deterministic=True, raise_if_not_found=False)
     torch_model.train(training)
     for module in torch_model.modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd) or any(
-            getattr(module, name, False) for name in ("dropout", "stochastic")
-        ):
+        if isinstance(module, _DROPOUTS) or any(getattr(module, name, False) for name in ("dropout", "stochastic")):
             module.training = False
 
 

@@ -33,6 +33,14 @@ def convert(source: nnx.Module | torch.nn.Module, target: Model) -> Model:
 
     Warns:
         UserWarning: a hyperparameter differs (an epsilon, a stride), so that equal weights do not mean equal functions.
+
+    Example:
+        >>> import torch
+        >>> from flax import nnx
+        >>> source = torch.nn.Linear(4, 2)
+        >>> target = convert(source, nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+        >>> bool((target.kernel[...] == source.weight.detach().numpy().T).all())
+        True
     """
     if isinstance(source, nnx.Module) and isinstance(target, torch.nn.Module):
         found = match(source, target)

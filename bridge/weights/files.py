@@ -35,6 +35,13 @@ def save(path: str | os.PathLike[str], source: nnx.Module | nn.Module | Mapping[
         FileExistsError: the Orbax directory exists: those are never written over.
         TypeError: `source` is something else, or an array has a dtype that not all frameworks share.
         ValueError: the name or dtype fits no format.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/net.safetensors", torch.nn.Linear(4, 2))
+        ...     print({name: array.shape for name, array in load(f"{folder}/net.safetensors").items()})
+        {'bias': (2,), 'weight': (2, 4)}
     """
     arrays = {name: to_numpy(value(leaf)) for name, leaf in _leaves(source).items()}
     specs = {name: Spec(dtype_name(array.dtype), array.shape) for name, array in arrays.items()}
@@ -60,6 +67,13 @@ def load(path: str | os.PathLike[str], model: Any = None) -> Any:
         FileNotFoundError: nothing is at `path`, or a shard is missing.
         ValueError: the file is damaged, cut short, of another format, or holds objects other than arrays; or names,
             shapes or dtypes differ from the model's, all of which are listed.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/net.pt", torch.nn.Linear(4, 2))
+        ...     load(f"{folder}/net.pt", torch.nn.Linear(4, 2))
+        Linear(in_features=4, out_features=2, bias=True)
     """
     with open_file(path) as reader:
         if model is None:
@@ -105,6 +119,15 @@ def convert_file(
 
     Warns:
         UserWarning: as `convert`.
+
+    Example:
+        >>> import tempfile, torch
+        >>> torch_model, jax_model = torch.nn.Linear(4, 2), nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/net.pt", torch_model)
+        ...     convert_file(f"{folder}/net.pt", f"{folder}/net.safetensors", jax_model, torch_model, to="jax")
+        ...     print({name: array.shape for name, array in load(f"{folder}/net.safetensors").items()})
+        {'bias': (2,), 'kernel': (4, 2)}
     """
     if to not in ("jax", "torch"):
         raise ValueError(f"to must be 'jax' or 'torch', got {to!r}")

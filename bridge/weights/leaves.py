@@ -53,7 +53,7 @@ def aliases(leaves: Mapping[str, Any]) -> dict[str, list[str]]:
 def jax_items(node: Any) -> list[tuple[str, Any]]:
     """What hangs below a node of an nnx module, in the order of assignment."""
     if isinstance(node, nnx.Module):
-        return [(k, v) for k, v in vars(node).items() if not k.startswith("_pytree__")]
+        return list(vars(node).items())
     if isinstance(node, Mapping):
         return [(str(k), v) for k, v in node.items()]
     if isinstance(node, (list, tuple)):

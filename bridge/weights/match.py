@@ -97,6 +97,12 @@ def match(jax_model: nnx.Module, torch_model: nn.Module) -> Match:
 
     Raises:
         ValueError: leaves without a counterpart, of another shape or dtype, or tied on one side only; all are listed.
+
+    Example:
+        >>> import torch
+        >>> found = match(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), torch.nn.Linear(4, 2))
+        >>> [f"{link.jax} is {link.torch}" for link in found.links]
+        ['kernel is weight', 'bias is bias']
     """
     matcher = _Matcher(jax_leaves(jax_model), torch_leaves(torch_model))
     matcher.modules("", jax_model, "", torch_model, ())
@@ -155,13 +161,19 @@ class _Matcher:
         if len(ours) != len(theirs):
             entries = f"{len(ours)} entries with parameters, torch {torch_path or 'model'} has {len(theirs)}"
             self.problems.append(f"jax {jax_path or 'model'} has {entries}")
-        for i, j in zip(ours, theirs, strict=False):
+        pairs = list(zip(ours, theirs, strict=False))
+        for i in set(range(len(jax))).difference(ours):
+            if i not in theirs and i < len(torch) and rules.find(type(jax[i]), type(torch[i])):
+                pairs.append((i, i))
+        for i, j in pairs:
             self._node(join(jax_path, str(i)), jax[i], join(torch_path, str(j)), torch[j], index)
 
     def _node(self, jax_path: str, jax: Any, torch_path: str, torch: Any, index: tuple[int, ...]) -> None:
         if jax_path in self.match.jax:
             self._leaf(jax_path, torch_path, index, _EQUAL)
-        elif jax_path in self.parents["jax"] and torch_path in self.parents["torch"]:
+        elif (jax_path in self.parents["jax"] and torch_path in self.parents["torch"]) or rules.find(
+            type(jax), type(torch)
+        ):
             self.modules(jax_path, jax, torch_path, torch, index)
 
     def _entry(

@@ -46,6 +46,17 @@ def convert_optimizer(
     Raises:
         TypeError: the two are not one optimizer of each framework.
         ValueError: the models do not correspond, or an optimizer keeps what the other has no place for.
+
+    Example:
+        >>> import optax, torch
+        >>> torch_model, jax_model = torch.nn.Linear(4, 2), nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+        >>> optimizer = torch.optim.Adam(torch_model.parameters())
+        >>> torch_model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> state = optax.adam(1e-3).init(nnx.state(jax_model, nnx.Param))
+        >>> state = convert_optimizer(optimizer, state, jax_model, torch_model)
+        >>> int(state[0].count), float(state[0].mu["bias"][0])
+        (1, 0.10000000149011612)
     """
     found = match(jax_model, torch_model)
     if isinstance(target, torch.optim.Optimizer) and not isinstance(source, torch.optim.Optimizer):

@@ -7,7 +7,7 @@ layouts differ:
     register(nnx.Linear, torch.nn.Linear, Leaf("kernel", "weight", "in out -> out in"))
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -94,6 +94,10 @@ class Leaf:
         torch: name on the torch side; `*` in it stands for the list index that is the leading axis of the JAX array.
         layout: see `Layout`; without one the arrays are equal.
         part: (i, n) when the JAX array is the i-th of n equal blocks of rows of the torch array.
+
+    Example:
+        >>> Leaf("kernel", "weight", "in out -> out in").jax
+        'kernel'
     """
 
     jax: str
@@ -104,13 +108,19 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Child:
-    """A submodule on each side under different names; `*` in `torch` as in `Leaf`: the JAX leaves are stacked."""
+    """A submodule on each side under different names; `*` in `torch` as in `Leaf`: the JAX leaves are stacked.
+
+    Example:
+        >>> Child("layers", "wrapped_modules.*").torch
+        'wrapped_modules.*'
+    """
 
     jax: str
     torch: str
 
 
 Entry = Leaf | Child
+Terms = Callable[[Any, Sequence[np.ndarray], Sequence[np.ndarray]], float]
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,11 @@ class Setting:
         name: how to call it in a message.
         jax: reads it from the JAX module.
         torch: reads it from the torch module, in the JAX module's convention.
+
+    Example:
+        >>> momentum = Setting("momentum", lambda m: m.momentum, lambda m: 1 - m.momentum)
+        >>> momentum.torch(nn.BatchNorm1d(4))
+        0.9
     """
 
     name: str
@@ -136,12 +151,15 @@ class Rule:
         entries: leaves and children whose names or layouts differ, or a function of the two modules that gives them.
         settings: hyperparameters that must agree.
         jax_only, torch_only: leaves without a counterpart that carry no weight, such as a counter of batches.
+        cancellation, terms: where the module subtracts numbers that are nearly equal, or None; see `register`.
     """
 
     entries: tuple[Entry, ...] | Callable[[Any, Any], tuple[Entry, ...]] = ()
     settings: tuple[Setting, ...] = ()
     jax_only: tuple[str, ...] = ()
     torch_only: tuple[str, ...] = ()
+    cancellation: Callable[[Any, Any], float] | None = None
+    terms: Terms | None = None
 
     def of(self, jax_module: Any, torch_module: Any) -> tuple[Entry, ...]:
         """The entries for this very pair."""
@@ -149,6 +167,24 @@ class Rule:
 
 
 _rules: dict[tuple[type, type], Rule] = {}
+
+
+def cancellation(module: nn.Module, args: tuple[Any, ...]) -> float:
+    """How much less exact than its first argument the result of a torch module is, by the rules of its type."""
+    rule = _that_tells(module, "cancellation")
+    return max(1.0, rule.cancellation(module, args[0])) if rule and rule.cancellation and args else 1.0
+
+
+def terms(module: nn.Module, inputs: Sequence[np.ndarray], cotangents: Sequence[np.ndarray]) -> float:
+    """How large the terms are that nearly cancel in the gradients of a torch module's parameters; 0 by default."""
+    rule = _that_tells(module, "terms")
+    return rule.terms(module, inputs, cotangents) if rule and rule.terms else 0.0
+
+
+def _that_tells(module: nn.Module, name: str) -> Rule | None:
+    """The rule of the nearest of a torch module's types that has an attribute of this name."""
+    told = {torch_type: rule for (_, torch_type), rule in _rules.items() if getattr(rule, name) is not None}
+    return next((told[base] for base in type(module).__mro__ if base in told), None)
 
 
 def find(jax_type: type, torch_type: type) -> Rule | None:
@@ -165,6 +201,8 @@ def register(
     settings: tuple[Setting, ...] = (),
     jax_only: tuple[str, ...] = (),
     torch_only: tuple[str, ...] = (),
+    cancellation: Callable[[Any, Any], float] | None = None,
+    terms: Terms | None = None,
 ) -> None:
     """Declares how `jax_type` (an nnx.Module) and `torch_type` (a torch.nn.Module) map, replacing an earlier rule.
 
@@ -173,10 +211,28 @@ def register(
         by: instead of `entries`, a function (jax_module, torch_module) -> entries, where they depend on the modules.
         settings: hyperparameters that must agree for the same weights to mean the same function.
         jax_only, torch_only: names of leaves that have no counterpart and carry no weight.
+        cancellation: function (torch_module, its first argument) -> by which factor its result is less exact than that
+            argument, where nearly equal numbers are subtracted. Flax takes variances as E[x²] - E[x]²: so a
+            normalization over the last axis has `1 + max(mean² / (var + eps))`.
+        terms: function (torch_module, its inputs, cotangents of its results, all in float64) -> how large the terms
+            are of which the gradients of its parameters are differences, where they are nearly equal, so that what
+            is left says nothing of the rounding.
 
     Raises:
         TypeError: a type is not a module type of its framework.
         ValueError: both `entries` and `by` are given.
+
+    Example:
+        >>> class JaxScale(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.factors = nnx.Param(rngs.normal((3, 5)))
+        >>> class TorchScale(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(nn.Linear(3, 5).weight)
+        >>> register(JaxScale, TorchScale, Leaf("factors", "weight", "in out -> out in"))
+        >>> find(JaxScale, TorchScale).entries[0].torch
+        'weight'
     """
     if not (isinstance(jax_type, type) and issubclass(jax_type, nnx.Module)):
         raise TypeError(f"jax_type must be a subclass of flax.nnx.Module, not {jax_type!r}")
@@ -184,4 +240,4 @@ def register(
         raise TypeError(f"torch_type must be a subclass of torch.nn.Module, not {torch_type!r}")
     if entries and by is not None:
         raise ValueError("give either entries or by=, not both")
-    _rules[jax_type, torch_type] = Rule(by or entries, settings, jax_only, torch_only)
+    _rules[jax_type, torch_type] = Rule(by or entries, settings, jax_only, torch_only, cancellation, terms)

@@ -1,8 +1,10 @@
 """The declared rules: which module of Flax and `mhc_jax` is which module of PyTorch and `mhc_torch`."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from flax import nnx
 from torch import nn
@@ -62,6 +64,36 @@ def _attention(_: nnx.MultiHeadAttention, module: nn.MultiheadAttention) -> tupl
     return tuple(entries)
 
 
+def _variance(epsilon: float, groups: torch.Tensor) -> float:
+    """What a normalization of rows loses: Flax takes the variance as E[x²] - E[x]²."""
+    ratio = groups.mean(-1).square() / (groups.var(-1, unbiased=False) + epsilon)
+    return 1.0 + ratio.max().item() if ratio.numel() else 1.0
+
+
+def _layer_norm(module: nn.LayerNorm, x: torch.Tensor) -> float:
+    return _variance(module.eps, x.flatten(-len(module.normalized_shape)))
+
+
+def _group_norm(module: nn.GroupNorm, x: torch.Tensor) -> float:
+    return _variance(module.eps, x.reshape(len(x) * module.num_groups, -1))
+
+
+def _instance_norm(module: Any, x: torch.Tensor) -> float:
+    return _variance(module.eps, x.flatten(2))
+
+
+def _batch_norm(module: Any, x: torch.Tensor) -> float:
+    return _variance(module.eps, x.transpose(0, 1).flatten(1)) if module.training else 1.0
+
+
+def _inner_products(_: nn.Module, inputs: Sequence[np.ndarray], cotangents: Sequence[np.ndarray]) -> float:
+    """The logits' gradient is a difference of inner products of cotangent and states, which nearly cancel where one
+    weight is close to 1. Such a product of n random signs is about |cotangent|·|state|/√n.
+    """
+    states = max(np.linalg.norm(x) for x in inputs)
+    return float(np.linalg.norm(cotangents[0]) * states / np.sqrt(max(x.size for x in inputs)))
+
+
 _SCALE = Leaf("scale", "weight")
 _EPSILON = Setting("epsilon", lambda module: module.epsilon, _torch_epsilon)
 # Flax weighs the old value with `momentum`, torch the new one; torch has None for the mean over all batches.
@@ -71,10 +103,24 @@ _STRIDES, _DILATION = _per_axis("strides", "stride"), _per_axis("kernel_dilation
 register(nnx.Linear, nn.Linear, Leaf("kernel", "weight", "in out -> out in"))
 register(nnx.LinearGeneral, nn.Linear, by=_general)
 register(nnx.Embed, nn.Embedding, Leaf("embedding", "weight"))
-register(nnx.LayerNorm, nn.LayerNorm, _SCALE, settings=(_EPSILON,))
+register(nnx.LayerNorm, nn.LayerNorm, _SCALE, settings=(_EPSILON,), cancellation=_layer_norm)
 register(nnx.RMSNorm, nn.RMSNorm, _SCALE, settings=(_EPSILON,))
-register(nnx.GroupNorm, nn.GroupNorm, _SCALE, settings=(_EPSILON, _equal("num_groups", "num_groups")))
-register(nnx.MultiHeadAttention, nn.MultiheadAttention, by=_attention, settings=(_equal("num_heads", "num_heads"),))
+register(
+    nnx.GroupNorm,
+    nn.GroupNorm,
+    _SCALE,
+    settings=(_EPSILON, _equal("num_groups", "num_groups")),
+    cancellation=_group_norm,
+)
+for _instance in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d):
+    register(nnx.InstanceNorm, _instance, _SCALE, settings=(_EPSILON,), cancellation=_instance_norm)
+register(nnx.Dropout, nn.Dropout, settings=(_equal("rate", "p"),))
+register(
+    nnx.MultiHeadAttention,
+    nn.MultiheadAttention,
+    by=_attention,
+    settings=(_equal("num_heads", "num_heads"), _equal("dropout_rate", "dropout")),
+)
 
 for _conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
     _kernel = Leaf("kernel", "weight", "... in out -> out in ...")
@@ -88,6 +134,7 @@ for _norm in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
         *(_SCALE, Leaf("mean", "running_mean"), Leaf("var", "running_var")),
         settings=(_EPSILON, _MOMENTUM),
         torch_only=("num_batches_tracked",),
+        cancellation=_batch_norm,
     )
 
 
@@ -112,12 +159,13 @@ _DETACH = Setting("detach_history", lambda m: m.config.detach_history, lambda m:
 _STREAMS = Setting("streams", _options, _options)
 _STACK_MIXING = Setting("mixing", _mixing, lambda module: _mixing(module.skip_layers[0]))
 
-register(jax_mhc.MHCSkip, torch_mhc.MHCSkip, settings=(_MIXING,))
+register(jax_mhc.MHCSkip, torch_mhc.MHCSkip, settings=(_MIXING,), terms=_inner_products)
 register(nnx.Linear, WidthMap, by=_width_map)
 register(
     jax_mhc.MatrixMHCSkip,
     torch_mhc.MatrixMHCSkip,
     settings=(_equal("doubly_stochastic", "doubly_stochastic"), _equal("iterations", "iterations")),
+    terms=_inner_products,
 )
 register(jax_mhc.MHCSequential, torch_mhc.MHCSequential, settings=(_DETACH,))
 register(

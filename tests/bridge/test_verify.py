@@ -193,7 +193,8 @@ def test_outputs_that_are_nan_in_both_are_no_proof():
     torch_model.head.bias.data[0] = torch.nan
     bridge.convert(torch_model, jax_model)
     report = bridge.verify(jax_model, torch_model, **pairs.inputs(pairs.chain))
-    assert "note: output 0 holds NaN or infinity in both models" in str(report)
+    assert "output 0 holds NaN in both models: of those elements nothing is proved" in str(report)
+    assert not report.ok
 
 
 def test_logits_are_compared_as_distributions() -> None:
@@ -223,3 +224,71 @@ def test_bad_arguments(change: dict, error: type, message: str) -> None:
     given = {"jax_model": jax_model, "torch_model": torch_model, **pairs.inputs(pairs.chain), **change}
     with pytest.raises(error, match=message):
         bridge.verify(**given)
+
+
+class JaxCalled(nnx.Module):
+    """Takes keywords, gives a dict, and holds a configuration that cannot be hashed."""
+
+    def __init__(self) -> None:
+        self.fc = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.config = nnx.static({"sizes": [1, 2]})
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array, doubled: bool = False) -> dict[str, jax.Array]:
+        y = self.fc(x) * mask * (1 + doubled)
+        return {"logits": y, "score": y.sum(-1)}
+
+
+class TorchCalled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, pair: dict[str, torch.Tensor], doubled: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.fc(pair["x"]) * pair["mask"] * (1 + doubled)
+        return y.sum(-1), y
+
+
+CHOSEN = {"logits": "1", "score": "0"}
+
+
+def called(**change: object) -> bridge.Report:
+    jax_model = JaxCalled()
+    torch_model = bridge.convert(jax_model, TorchCalled())
+    x, mask = np.ones((2, 4), np.float32), np.array([True, False, True, True])
+    given = {"inputs": bridge.Inputs(x, mask=mask, doubled=True), "outputs": CHOSEN}
+    pair = {"pair": {"x": x, "mask": mask}, "doubled": change.pop("doubled", True)}
+    return bridge.verify(jax_model, torch_model, **{**given, "torch_inputs": pair, **change})
+
+
+def test_models_are_called_each_in_its_own_way() -> None:
+    report = called(steps=1)
+    assert report.ok, str(report)
+    assert {row.path for row in report.rows if row.check == "value"} == {"output 0", "output 1"}
+    assert not called(doubled=False)
+
+
+def test_without_training_there_are_no_gradients_of_the_whole_model() -> None:
+    checks = {row.check for row in called(training=False).rows}
+    assert "layer alone: value" in checks
+    assert not {"loss", "gradient"} & checks
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"outputs": None}, ValueError, "outputs="),
+        ({"outputs": {"logits": "7"}}, ValueError, "torch_model gives no floating-point result '7', but '0', '1'"),
+        ({"training": False, "steps": 2}, ValueError, "steps=2 needs training=True"),
+        ({"inputs": bridge.Inputs(flag=True)}, ValueError, "inputs must hold an array"),
+        ({"inputs": {"x": np.full(4, np.nan, np.float32)}}, ValueError, r"inputs\['x'\] holds NaN"),
+    ],
+)
+def test_calls_that_make_no_sense(change: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        called(**change)
+
+
+def test_an_error_says_which_side_was_called_with_what() -> None:
+    with pytest.raises(TypeError) as caught:
+        called(inputs=bridge.Inputs(np.ones((2, 4), np.float32), wrong=1))
+    assert caught.value.__notes__ == ["jax_model was called with [0] float32[2, 4], ['wrong'] 1"]
