@@ -3,7 +3,7 @@
 import pytest
 import torch.multiprocessing
 
-from tests.mhc_torch import sharded
+from tests.mhc_torch.nn import sharded
 
 
 @pytest.mark.parametrize("how", ["each part", "whole", "dtensor"])
