@@ -54,9 +54,9 @@ def test_further_arguments_reach_the_branch():
     np.testing.assert_allclose(layer(wide, 2.0, shift=3.0), 6.0, rtol=1e-6)
 
 
-def test_config_and_keywords_together_are_refused():
-    with pytest.raises(ValueError, match="either a config or the keywords"):
-        HyperConnections(jnp.tanh, 4, config=StreamConfig(), streams=4)
+def test_keywords_change_single_fields_of_a_config():
+    layer = HyperConnections(jnp.tanh, 4, config=StreamConfig(2, iterations=5), streams=3)
+    assert layer.config == StreamConfig(3, iterations=5)
     with pytest.raises(TypeError, match="stream_count"):
         HyperConnections(jnp.tanh, 4, stream_count=4)
 
