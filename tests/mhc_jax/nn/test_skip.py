@@ -140,9 +140,9 @@ def test_bad_input_is_named():
         MHCSkip(max_histroy=8)
     with pytest.raises(ValueError, match="stochastic needs rngs"):
         MHCSkip(stochastic=True)
-    with pytest.raises(ValueError, match=r"shape \(4, 5\).*gave \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"shape \(4, 5\).*x has \(3, 5\)"):
         MHCSkip()(jnp.zeros((3, 5)), [jnp.zeros((4, 5))])
-    with pytest.raises(ValueError, match=r"shape \(4, 5\).*gave \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"shape \(4, 5\).*x has \(3, 5\)"):
         MatrixMHCSkip(rngs=nnx.Rngs(0))(jnp.zeros((3, 5)), [jnp.zeros((4, 5))])
     for skip in (MHCSkip(4), MatrixMHCSkip(4, rngs=nnx.Rngs(0))):
         with pytest.raises(ValueError, match="window of 3, expected 4"):

@@ -338,6 +338,6 @@ def test_the_window_of_a_skip_is_as_wide_as_its_logits():
     skip = MHCSkip(max_history=2)
     skip.config = dataclasses.replace(skip.config, temperature=0.5)
     assert skip.temperature == 0.5
-    with pytest.raises(ValueError, match=r"max_history must be 2, the number of logits.*got 4"):
+    with pytest.raises(ValueError, match=r"config.max_history must stay 2, .*got 4: make a new MHCSkip"):
         skip.config = dataclasses.replace(skip.config, max_history=4)
     assert skip.max_history == 2
