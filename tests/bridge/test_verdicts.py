@@ -36,9 +36,8 @@ def test_a_fault_deep_inside_is_named_at_its_place() -> None:
 @pytest.mark.parametrize("number", range(len(casting.HEALTHY)))
 def test_no_false_alarm_on_healthy_pairs_that_cast(number: int) -> None:
     part, common = casting.HEALTHY[number]
-    for seed in (number, number + 12):
-        report = bridge.verify(**casting.part(part, seed, casting.Options(**common)), training=not part)
-        assert report.ok, str(report)
+    report = bridge.verify(**casting.part(part, number, casting.Options(**common)), training=not number)
+    assert report.ok, str(report)
 
 
 def test_a_public_model_as_it_is_called_is_equal_and_an_epsilon_inside_is_named() -> None:
