@@ -49,7 +49,7 @@ pytest.RaisesExc.__enter__, pytest.RaisesExc.__exit__ = _WrongOnPurpose.__enter_
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Functions as they are written, without the checks of annotations, which `torch.compile` would have to trace."""
+    """Functions as they are written, without the checks of annotations: `torch.compile` would have to trace them."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # where somebody else holds a function
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] not in ("mhc_jax", "mhc_torch", "bridge"):

@@ -61,6 +61,7 @@ def test_order_of_fields():
         assert ours == theirs
 
 
+@pytest.mark.usefixtures("unchecked")  # it is our own refusals that are compared
 @pytest.mark.parametrize("kinds", [HISTORY, STREAMS, MATRIX], ids=["history", "streams", "matrix"])
 def test_single_values(kinds):
     for field in defaults(kinds[0]):
@@ -69,6 +70,7 @@ def test_single_values(kinds):
             assert ours == theirs, f"{field}={value!r}"
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("constraint", mhc_jax.streams.constraints.CONSTRAINTS)
 def test_numbers_of_streams(constraint):
     for streams in range(1, 17):

@@ -16,7 +16,9 @@ from mhc_jax.history.config import MatrixConfig, MHCConfig
 from mhc_jax.streams import StreamConfig
 from mhc_torch.history.config import MHCConfig as TorchConfig
 
-PAIRS = {name: (getattr(jax_nn, name), getattr(torch_nn, name)) for name in set(jax_nn.__all__) & set(torch_nn.__all__)}
+PAIRS = {
+    name: (getattr(jax_nn, name), getattr(torch_nn, name)) for name in sorted({*jax_nn.__all__} & {*torch_nn.__all__})
+}
 PAIRS["MHCConv"] = (jax_nn.MHCConv, torch_nn.MHCConv2d)
 PAIRS["MHCTransformer"] = (jax_models.MHCTransformer, torch_models.MHCTransformer)
 
