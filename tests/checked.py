@@ -1,4 +1,4 @@
-"""What holds arguments and results to their annotations in every test (`--jaxtyping-packages` in pyproject.toml)."""
+"""What holds arguments and results to their annotations in tests that are run with it (see CONTRIBUTING.md)."""
 
 from collections.abc import Callable
 from typing import Any, Self
