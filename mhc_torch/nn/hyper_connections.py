@@ -1,7 +1,7 @@
 """HyperConnections: n residual streams around a branch, as `mhc_torch.streams` defines them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,7 +26,78 @@ from mhc_torch.streams import (
 from mhc_torch.streams.config import DEFAULTS
 
 
-class HyperConnections(nn.Module):
+class ConnectionMaps(nn.Module):
+    """The three maps of one branch: their parameters, and what these tell of themselves.
+
+    Args:
+        width: features C of one stream.
+        config: all options of the maps.
+        layer_index: which branch of the network this is, counted from 0.
+        **factory: dtype and device of the parameters.
+    """
+
+    phi: nn.Parameter | None
+    alpha: nn.Parameter | None
+    bias: nn.Parameter
+
+    def __init__(self, width: int, config: StreamConfig, layer_index: int, **factory: Any) -> None:
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"width must be at least 1, got {width}")
+        self.config = config
+        self.layer_index = layer_index
+        shapes = {"phi": (config.streams * width, config.logits), "alpha": (3,), "bias": (config.logits,)}
+        for name, shape in shapes.items():
+            exists = config.dynamic or name == "bias"
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, **factory)) if exists else None)
+        self.reset_parameters()
+
+    def start_values(self) -> dict[str, Tensor | float]:
+        """What each parameter starts as, by name."""
+        bias = initial_bias(self.config, self.layer_index)
+        return {"phi": 0.0, "alpha": 0.01, "bias": bias} if self.config.dynamic else {"bias": bias}
+
+    @torch.no_grad()
+    def reset_parameters(self, which: Callable[[nn.Parameter], bool] = lambda _: True) -> None:
+        """Start anew, with those of the parameters that `which` is true of."""
+        for name, value in self.start_values().items():
+            if which(parameter := self.get_parameter(name)):
+                parameter.copy_(torch.as_tensor(value))
+
+    def token_maps(self, streams: Float[Tensor, "*tokens n C"]) -> Maps:
+        """H_pre, H_post and H_res of every token."""
+        return maps(self.phi, self.alpha, self.bias, streams, self.config)
+
+    def resting_maps(self) -> Maps:
+        """The maps of the bias alone, around which those of the tokens lie: (n,), (n,) and (n, n)."""
+        bias = whole(self.bias)
+        return maps(None, None, bias, bias.new_zeros(self.config.streams, 1), self.config)
+
+    def weight_rows(self) -> dict[str, Tensor]:
+        """H_pre, H_post and the rows of H_res at rest, for the dashboard."""
+        pre, post, res = self.resting_maps()
+        return {"pre": pre, "post": post} | {f"res.{i}": row for i, row in enumerate(res)}
+
+    def row_figures(self) -> dict[str, dict[str, float]]:
+        """How far H_res is from the identity, and how evenly each new stream mixes the old ones."""
+        res = self.resting_maps().res
+        distance = (res - torch.eye(len(res), device=res.device)).abs().max().item()
+        entropies = {f"res.{i}": {"entropy": value} for i, value in enumerate(entropy(shares(res)).tolist())}
+        return {"": {"identity_distance": distance}} | entropies
+
+    def gradient_groups(self) -> dict[str, Iterable[nn.Parameter]]:
+        """The parameters of the maps."""
+        return {"maps_grad_norm": self.parameters(recurse=False)}
+
+    def mixed_states(self, streams: Tensor, *_: Any, **__: Any) -> list[Tensor]:
+        """The states that a call mixes."""
+        return [streams]
+
+    def extra_repr(self) -> str:
+        return f"config={self.config}"
+
+
+class HyperConnections(ConnectionMaps):
     """X -> H_res X + H_post^T branch(H_pre X) on streams X of shape (..., n, width).
 
     Wraps any branch that keeps the shape and dtype of its input. Between networks of one stream and these layers,
@@ -57,56 +128,16 @@ class HyperConnections(nn.Module):
         layer_index: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
-        self.config = resolve(DEFAULTS, config, **options)
-        self.layer_index = layer_index
+        super().__init__(width, resolve(DEFAULTS, config, **options), layer_index)
         self.branch = branch
-        dynamic = self.config.dynamic
-        self.phi = nn.Parameter(torch.empty(self.config.streams * width, self.config.logits)) if dynamic else None
-        self.alpha = nn.Parameter(torch.empty(3)) if dynamic else None
-        self.bias = nn.Parameter(torch.empty(self.config.logits))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        with torch.no_grad():
-            if self.phi is not None and self.alpha is not None:
-                self.phi.zero_()
-                self.alpha.fill_(0.01)
-            self.bias.copy_(initial_bias(self.config, self.layer_index))
 
     def forward(self, streams: Float[Tensor, "*tokens n C"], *args: Any, **kwargs: Any) -> Float[Tensor, "*tokens n C"]:
-        pre, post, res = maps(self.phi, self.alpha, self.bias, streams, self.config)
+        pre, post, res = self.token_maps(streams)
         return write(streams, self.branch(collapse(pre, streams), *args, **kwargs), post, res)
-
-    def resting_maps(self) -> Maps:
-        """The maps of the bias alone, around which those of the tokens lie: (n,), (n,) and (n, n)."""
-        bias = whole(self.bias)
-        return maps(None, None, bias, bias.new_zeros(self.config.streams, 1), self.config)
-
-    def weight_rows(self) -> dict[str, Tensor]:
-        """H_pre, H_post and the rows of H_res at rest, for the dashboard."""
-        pre, post, res = self.resting_maps()
-        return {"pre": pre, "post": post} | {f"res.{i}": row for i, row in enumerate(res)}
-
-    def row_figures(self) -> dict[str, dict[str, float]]:
-        """How far H_res is from the identity, and how evenly each new stream mixes the old ones."""
-        res = self.resting_maps().res
-        distance = (res - torch.eye(len(res), device=res.device)).abs().max().item()
-        entropies = {f"res.{i}": {"entropy": value} for i, value in enumerate(entropy(shares(res)).tolist())}
-        return {"": {"identity_distance": distance}} | entropies
 
     def gradient_groups(self) -> dict[str, Iterable[nn.Parameter]]:
         """The parameters of the maps, and those of the branch."""
-        return {"maps_grad_norm": self.parameters(recurse=False), "grad_norm": self.branch.parameters()}
-
-    def mixed_states(self, streams: Tensor, *_: Any, **__: Any) -> list[Tensor]:
-        """The states that a call mixes."""
-        return [streams]
-
-    def extra_repr(self) -> str:
-        return f"config={self.config}"
+        return super().gradient_groups() | {"grad_norm": self.branch.parameters()}
 
 
 class StreamHead(nn.Module):
