@@ -27,6 +27,7 @@ Branches = Mapping[str, tuple[str, str]]
 """The branches of a block by name, in the order of their sums: the paths of the first and the last module of each."""
 
 _CHILD = "hyper_connections"
+_WATCH = "_mhc_watch"
 _LLAMA: Branches = {"attention": ("input_layernorm", "self_attn"), "mlp": ("post_attention_layernorm", "mlp")}
 
 BLOCKS: dict[type[nn.Module] | str, Branches] = {
@@ -140,7 +141,7 @@ def retrofit(
             target.add_module(_CHILD, child)
             index += len(branches)
     for holder in _holders(model):
-        holder._mhc_watch = _Watch(holder)  # type: ignore[assignment]
+        _Watch(holder)
     return model
 
 
@@ -164,8 +165,7 @@ def unretrofit(model: nn.Module) -> nn.Module:
     if learned:
         raise ValueError(f"the maps have learned, without them the model is another: {learned}")
     for holder in _holders(model):
-        holder._mhc_watch.stop()  # type: ignore[operator, union-attr]
-        del holder._mhc_watch
+        vars(holder)[_WATCH].stop()
     for _, block in found:
         block.get_submodule(_CHILD).detach()
         delattr(block, _CHILD)
@@ -272,9 +272,7 @@ class BlockStreams(nn.ModuleDict):
     def write(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the last module of a branch: what the block is to add to the streams in place of the output."""
         if self._running.read is None:
-            raise RuntimeError(
-                f"a {type(module).__name__} has run that ends a branch, before the module that begins it"
-            )
+            raise RuntimeError(f"a branch has ended, in a {type(module).__name__}, that has not begun")
         streams, post, res = self._running.read
         self._running.read = None
         one = torch.eye(self.config.streams, dtype=res.dtype, device=res.device)
@@ -381,7 +379,8 @@ def _listed(model: nn.Module) -> str:
 
 def _plan(model: nn.Module, stack: Sequence[tuple[str, nn.Module]]) -> tuple[int, list[tuple[nn.Module, Branches]]]:
     """The width of the blocks of a stack, and the branches of each; a ValueError where there is no telling."""
-    blocks, widths = [], {}
+    blocks: list[tuple[nn.Module, Branches]] = []
+    widths: dict[str, int] = {}
     for name, block in stack:
         known = _known(block)
         if known is None:
@@ -401,7 +400,7 @@ def _plan(model: nn.Module, stack: Sequence[tuple[str, nn.Module]]) -> tuple[int
             first = next(modules[begin].parameters(), None)
             if first is None:
                 raise ValueError(f"{name}.{begin}, which begins a branch, holds no parameter that would tell the width")
-            widths[f"{name}.{key}"] = first.shape[-1]
+            widths[f"{name}.{key}"] = int(first.shape[-1])
         blocks.append((block, branches))
     if len(set(widths.values())) > 1:
         raise ValueError(f"the blocks of a stack must have one width, got {widths}")
@@ -428,6 +427,7 @@ class _Watch:
     """What a module that holds blocks with streams does beside its own: a hook, and a method of transformers."""
 
     def __init__(self, module: nn.Module) -> None:
+        vars(module)[_WATCH] = self
         self._module = module
         self._hook = module.register_forward_hook(_mean_states)
         self._initializes = hasattr(type(module), "_init_weights")
@@ -435,6 +435,7 @@ class _Watch:
             module._init_weights = partial(_initialize, module)  # type: ignore[assignment]
 
     def stop(self) -> None:
+        del vars(self._module)[_WATCH]
         self._hook.remove()
         if self._initializes:
             del self._module._init_weights
