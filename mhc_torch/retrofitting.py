@@ -156,18 +156,13 @@ def unretrofit(model: nn.Module) -> nn.Module:
     found = list(_retrofitted(model))
     if not found:
         raise ValueError(f"{type(model).__name__} is not retrofitted")
-    learned = [
-        f"{name}.{_CHILD}.{key}"
-        for name, block in found
-        for key, maps in block.get_submodule(_CHILD).items()
-        if not maps.is_at_start()
-    ]
+    learned = [f"{name}.{_CHILD}.{key}" for name, block in found for key in _streams_of(block).learned()]
     if learned:
         raise ValueError(f"the maps have learned, without them the model is another: {learned}")
     for holder in _holders(model):
         vars(holder)[_WATCH].stop()
     for _, block in found:
-        block.get_submodule(_CHILD).detach()
+        _streams_of(block).detach()
         delattr(block, _CHILD)
     return model
 
@@ -228,11 +223,11 @@ class BranchMaps(ConnectionMaps):
         self._running.read = streams, post, res
         return _replaced(args, kwargs, streams, collapse(pre, streams))
 
-    def is_at_start(self) -> bool:
-        """Whether the maps are those that they started as, for every token."""
+    def have_learned(self) -> bool:
+        """Whether the maps are others than those that they started as, for some token."""
         start = self.start_values()
-        return all(
-            bool((self.get_parameter(name) == torch.as_tensor(start[name]).to(self.bias)).all())
+        return any(
+            bool((self.get_parameter(name) != torch.as_tensor(start[name]).to(self.bias)).any())
             for name in start.keys() - {"alpha"}
         )
 
@@ -263,6 +258,10 @@ class BlockStreams(nn.ModuleDict):
         if last:
             # Before the hooks of others, who want to see what the model goes on with.
             self._hooks.append(block.register_forward_hook(self.reduce, prepend=True))
+
+    def learned(self) -> list[str]:
+        """The branches whose maps are not those that they started as."""
+        return [name for name, maps in self.items() if isinstance(maps, BranchMaps) and maps.have_learned()]
 
     def detach(self) -> None:
         """Let the block run as before."""
@@ -405,6 +404,11 @@ def _plan(model: nn.Module, stack: Sequence[tuple[str, nn.Module]]) -> tuple[int
     if len(set(widths.values())) > 1:
         raise ValueError(f"the blocks of a stack must have one width, got {widths}")
     return next(iter(widths.values())), blocks
+
+
+def _streams_of(block: nn.Module) -> BlockStreams:
+    child: Any = block.get_submodule(_CHILD)
+    return child
 
 
 def _holders(model: nn.Module) -> list[nn.Module]:

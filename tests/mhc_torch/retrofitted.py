@@ -1,17 +1,12 @@
-"""Tiny models of transformers for test_retrofit.py, and how their branches are computed, written apart from its code."""
-
-import copy
+"""Tiny models of transformers for test_retrofit.py, and their branches as formulas of their modules."""
 
 import torch
-import torch.distributed as dist
 import transformers
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
-from mhc_torch import connection_parameters, retrofit
+from tests.mhc_torch.own_block import WIDTH
 
-WIDTH, TOKENS = 16, 30
+TOKENS = 30
 _TEXT = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 _TEXT |= {"vocab_size": TOKENS, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 _GPT2 = {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "vocab_size": TOKENS, "n_positions": 20, "pad_token_id": 0}
@@ -95,60 +90,3 @@ FORMULAS = {
     ),
     "vit": (lambda m: m.vit.layers, _pre_norm("attention", ("layernorm_before", "layernorm_after"))),
 }
-
-
-class Block(nn.Module):
-    """A user's own: takes more than its state, puts out a tuple, and drops out before the sums."""
-
-    def __init__(self, width=WIDTH):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mix, self.mlp = nn.Linear(width, width), nn.Linear(width, width)
-        self.dropout = nn.Dropout(0.2)
-
-    def forward(self, state, factor, *, note=None):
-        state = state + self.dropout(factor * self.mix(self.norm1(state)))
-        return state + self.dropout(torch.tanh(self.mlp(self.norm2(state)))), note
-
-
-BRANCHES = {"mix": ("norm1", "dropout"), "mlp": ("norm2", "dropout")}
-
-
-class Own(nn.Module):
-    def __init__(self, depth=3):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(depth))
-
-    def forward(self, x, factor=1.0):
-        for block in self.blocks:
-            x, _ = block(x, factor, note="kept")
-        return x
-
-
-def train_in_parallel(rank, file, how):
-    """What each of two processes runs: gradients of the retrofitted model, shared out, are those of it alone."""
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    try:
-        whole, x = retrofit(learned("llama")), inputs("llama")
-        with torch.no_grad():
-            for parameter in connection_parameters(whole):
-                parameter.add_(0.1)
-        model = copy.deepcopy(whole)
-        if how == "ddp":
-            model = nn.parallel.DistributedDataParallel(model)
-        else:
-            mesh = init_device_mesh("cpu", (2,))
-            for layer in model.model.layers:
-                fully_shard(layer.hyper_connections.attention, mesh=mesh)
-                fully_shard(layer, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-        own = slice(rank, rank + 1)
-        output = model(x[own]).logits
-        torch.testing.assert_close(output, whole(x).logits[own])
-        output.square().mean().backward()
-        whole(x).logits.square().mean().backward()
-        for ours, alone in zip(model.parameters(), whole.parameters(), strict=True):
-            found = ours.grad.full_tensor() if hasattr(ours.grad, "full_tensor") else ours.grad
-            torch.testing.assert_close(found, alone.grad, rtol=1e-4, atol=1e-6)
-    finally:
-        dist.destroy_process_group()
