@@ -21,11 +21,11 @@ from mhc_torch.monitoring.connection import connections
 from mhc_torch.nn.hyper_connections import ConnectionMaps
 from mhc_torch.options import check_choice, resolve
 from mhc_torch.streams import Maps, StreamConfig, collapse, expand, reduce, write
-from mhc_torch.streams.config import DEFAULTS
 
 Branches = Mapping[str, tuple[str, str]]
 """The branches of a block by name, in the order of their sums: the paths of the first and the last module of each."""
 
+_DEFAULTS = StreamConfig(start="mixed")
 _CHILD = "hyper_connections"
 _WATCH = "_mhc_watch"
 _LLAMA: Branches = {"attention": ("input_layernorm", "self_attn"), "mlp": ("post_attention_layernorm", "mlp")}
@@ -103,6 +103,7 @@ def retrofit(
         streams: number n of streams, 2 at least; 4 if neither this nor config says otherwise.
         parameters: "all" leaves what is trained as it is; "new" freezes all but the parameters of the maps.
         config: all options of the maps in one value; keywords, the fields of `StreamConfig`, change single ones.
+            Without it, `start` is "mixed": maps that can learn.
 
     Returns:
         The same model.
@@ -122,7 +123,7 @@ def retrofit(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_choice("parameters", parameters, ("all", "new"))
-    config = resolve(DEFAULTS, config, streams=streams, **options)
+    config = resolve(_DEFAULTS, config, streams=streams, **options)
     if config.streams < 2:
         raise ValueError(f"streams must be at least 2, got {config.streams}: with one stream the model is what it was")
     if config.epsilon:

@@ -24,6 +24,7 @@ from mhc_torch.streams import (
     write,
 )
 from mhc_torch.streams.config import DEFAULTS
+from mhc_torch.streams.starts import STARTS
 
 
 class ConnectionMaps(nn.Module):
@@ -55,7 +56,8 @@ class ConnectionMaps(nn.Module):
     def start_values(self) -> dict[str, Tensor | float]:
         """What each parameter starts as, by name."""
         bias = initial_bias(self.config, self.layer_index)
-        return {"phi": 0.0, "alpha": 0.01, "bias": bias} if self.config.dynamic else {"bias": bias}
+        alpha = STARTS[self.config.start].gates
+        return {"phi": 0.0, "alpha": alpha, "bias": bias} if self.config.dynamic else {"bias": bias}
 
     @torch.no_grad()
     def reset_parameters(self, which: Callable[[nn.Parameter], bool] = lambda _: True) -> None:
@@ -112,7 +114,7 @@ class HyperConnections(ConnectionMaps):
 
     Attributes:
         phi: (n * width, m) parameter, m = config.logits columns: those of H_pre, H_post, H_res. None if not dynamic.
-        alpha: (3,) parameter, the gates of H_pre, H_post, H_res; starts at 0.01. None if not dynamic.
+        alpha: (3,) parameter, the gates of H_pre, H_post, H_res; starts as `config.start` says. None if not dynamic.
         bias: (m,) parameter.
 
     Raises:

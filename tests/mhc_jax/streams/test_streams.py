@@ -7,6 +7,7 @@ import pytest
 
 from mhc_jax import streams
 from mhc_jax.streams import StreamConfig, StreamParams
+from mhc_jax.streams.starts import STARTS
 from tests import streams_reference as reference
 from tests.compiles import counted
 
@@ -79,8 +80,9 @@ def test_residual_maps_are_doubly_stochastic(constraint):
 
 @pytest.mark.parametrize("n", [1, 2, 4, 5])
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
-def test_a_new_network_is_the_residual_network(n, constraint):
-    config = StreamConfig(n, constraint)
+@pytest.mark.parametrize("start", STARTS)
+def test_a_new_network_is_the_residual_network(n, constraint, start):
+    config = StreamConfig(n, constraint, start=start)
     x = jax.random.normal(jax.random.key(0), (6, 8))
     weights = 0.5 * jax.random.normal(jax.random.key(1), (7, 8, 8))
     residual, wide = x, streams.expand(x, n)
