@@ -186,7 +186,7 @@ def test_saving_and_loading_in_both_orders(tmp_path):
     del weights["model.layers.0.hyper_connections.mlp.alpha"]
     save_file(weights, tmp_path / "trained" / "model.safetensors", {"format": "pt"})
     partly = HyperLlama.from_pretrained(tmp_path / "trained").model.layers[0].hyper_connections.mlp
-    assert torch.equal(partly.alpha, torch.full((3,), 0.01))
+    assert torch.equal(partly.alpha, torch.ones(3))
     assert torch.equal(partly.bias, back.model.layers[0].hyper_connections.mlp.bias)
 
 
