@@ -90,9 +90,13 @@ def test_a_new_network_is_the_residual_network(n, constraint, start):
         residual = residual + jnp.tanh(residual @ w)
         params = streams.init_params(config, 8, layer)
         wide = streams.wrap(lambda h, w=w: jnp.tanh(h @ w), config)(params, wide)
-    np.testing.assert_allclose(streams.reduce(wide), residual, atol=5e-6)
-    np.testing.assert_allclose(streams.reduce(wide, "sum"), n * residual, atol=5e-5)
-    np.testing.assert_allclose(streams.head(streams.init_head_params(config, 8), wide, config), residual, atol=5e-6)
+    # The rows of a mixture of 5! permutations sum to 1 as well as 120 weights in float32 do.
+    exactness = 5e-6 if start == "identity" else 2e-5
+    np.testing.assert_allclose(streams.reduce(wide), residual, atol=exactness)
+    np.testing.assert_allclose(streams.reduce(wide, "sum"), n * residual, atol=10 * exactness)
+    np.testing.assert_allclose(
+        streams.head(streams.init_head_params(config, 8), wide, config), residual, atol=exactness
+    )
 
 
 def test_streams_of_a_new_network_get_different_gradients():
