@@ -281,11 +281,7 @@ class BlockStreams(nn.ModuleDict):
     def expand(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the first block: n streams in place of one."""
         state = _first_tensor(args, kwargs)
-        streams = expand(state, self.config.streams)
-        if getattr(block, "gradient_checkpointing", False) and torch.is_grad_enabled() and not streams.requires_grad:
-            # Reentrant checkpointing gives no gradients to the parameters within unless its input wants one.
-            streams.requires_grad_(any(p.requires_grad for p in block.parameters()))
-        return _replaced(args, kwargs, state, streams)
+        return _replaced(args, kwargs, state, expand(state, self.config.streams))
 
     def reduce(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the last block: the mean of the streams."""
