@@ -32,6 +32,13 @@ from mhc_torch.projections import (
     project_simplex,
     project_sparse_simplex,
 )
+from mhc_torch.retrofitting import (
+    connection_parameters,
+    parameter_groups,
+    register_block,
+    retrofit,
+    unretrofit,
+)
 from mhc_torch.utils import (
     OPTIONAL,
     ForwardProfiler,
@@ -82,6 +89,7 @@ __all__ = [
     "autocast_context",
     "check_model_stability",
     "compile_model",
+    "connection_parameters",
     "create_training_dashboard",
     "ensure_list",
     "extract_mixing_weights",
@@ -94,6 +102,7 @@ __all__ = [
     "load_config_from_toml",
     "load_config_from_toml_optional",
     "mhc_compatible",
+    "parameter_groups",
     "plot_gradient_flow",
     "plot_history_contribution",
     "plot_mixing_weights",
@@ -101,8 +110,11 @@ __all__ = [
     "project_identity_preserving",
     "project_simplex",
     "project_sparse_simplex",
+    "register_block",
     "resolve_default",
+    "retrofit",
     "set_default_config",
     "set_seed",
     "share_history",
+    "unretrofit",
 ]

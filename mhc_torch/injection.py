@@ -107,7 +107,7 @@ def inject_mhc(
     if config.history_scope == "global":
         histories = histories[:1] * len(fresh)
     for target, history in zip(fresh, histories, strict=True):
-        target.mhc_skip = InjectedSkip(history, config, preserve_function).to(**_placement(target))
+        target.mhc_skip = InjectedSkip(history, config, preserve_function).to(**placement(target))
         target.register_forward_hook(_add_history, with_kwargs=True)
     if fresh:
         span_forwards(root, dict.fromkeys(histories), keep=not config.clear_history_each_forward)
@@ -147,7 +147,7 @@ def _targets(module: nn.Module, wanted: Callable[[nn.Module], bool], seen: set[n
             yield from _targets(child, wanted, seen)
 
 
-def _placement(target: nn.Module) -> dict[str, Any]:
+def placement(target: nn.Module) -> dict[str, Any]:
     """Device and dtype of the target's parameters, float32 at least."""
     for parameter in target.parameters():
         if parameter.is_floating_point():

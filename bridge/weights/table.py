@@ -146,8 +146,8 @@ def _mixing(module: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _options(module: Any) -> dict[str, Any]:
-    return asdict(module.config)
+def _stream_options(module: Any) -> dict[str, Any]:
+    return {name: value for name, value in asdict(module.config).items() if name != "start"}  # the parameters tell
 
 
 def _width_map(_: nnx.Linear, module: WidthMap) -> tuple[Leaf, ...]:
@@ -156,7 +156,7 @@ def _width_map(_: nnx.Linear, module: WidthMap) -> tuple[Leaf, ...]:
 
 _MIXING = Setting("mixing", _mixing, _mixing)
 _DETACH = Setting("detach_history", lambda m: m.config.detach_history, lambda m: m.history_buffer.detach_history)
-_STREAMS = Setting("streams", _options, _options)
+_STREAMS = Setting("streams", _stream_options, _stream_options)
 _STACK_MIXING = Setting("mixing", _mixing, lambda module: _mixing(module.skip_layers[0]))
 
 register(jax_mhc.MHCSkip, torch_mhc.MHCSkip, settings=(_MIXING,), terms=_inner_products)

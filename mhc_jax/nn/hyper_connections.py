@@ -38,7 +38,7 @@ class HyperConnections(nnx.Module):
 
     Attributes:
         phi: (n * width, m) parameter, m = config.logits columns: those of H_pre, H_post, H_res. None if not dynamic.
-        alpha: (3,) parameter, the gates of H_pre, H_post, H_res; starts at 0.01. None if not dynamic.
+        alpha: (3,) parameter, the gates of H_pre, H_post, H_res; starts as `config.start` says. None if not dynamic.
         bias: (m,) parameter.
 
     Raises:

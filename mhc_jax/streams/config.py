@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from mhc_jax.options import check_choice, check_types
 from mhc_jax.streams.constraints import CONSTRAINTS
+from mhc_jax.streams.starts import STARTS
 
 MAX_STREAMS = 16
 
@@ -25,6 +26,9 @@ class StreamConfig:
         dynamic: whether the maps depend on the streams. Static maps are the bias alone.
         epsilon: DeepSeek-V4's `hc_eps`, added to H_pre and inside Sinkhorn (see `mhc_jax.sinkhorn`); the paper has 0.
         norm_epsilon: added to the mean square of the norm.
+        start: what new maps are, a name in `STARTS`; the network computes what the residual network does either way.
+            "identity": H_res is the identity to 1e-3 and hardly leaves it; "mixed": it can learn, and so can the
+            dependence on the token, with gates of 1 in place of 0.01.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -37,12 +41,14 @@ class StreamConfig:
     dynamic: bool = True
     epsilon: float = 0.0
     norm_epsilon: float = 1e-6
+    start: str = "identity"
 
     def __post_init__(self) -> None:
         check_types(self)
         if not 1 <= self.streams <= MAX_STREAMS:
             raise ValueError(f"streams must be between 1 and {MAX_STREAMS}, got {self.streams}")
         check_choice("constraint", self.constraint, CONSTRAINTS)
+        check_choice("start", self.start, STARTS)
         if self.iterations < 1:
             raise ValueError(f"iterations must be at least 1, got {self.iterations}")
         for name in ("epsilon", "norm_epsilon"):

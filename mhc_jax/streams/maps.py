@@ -18,6 +18,7 @@ from mhc_jax.kernels.choice import Implementation, implemented
 from mhc_jax.streams import norm
 from mhc_jax.streams.config import StreamConfig
 from mhc_jax.streams.constraints import CONSTRAINTS
+from mhc_jax.streams.starts import STARTS
 
 
 class StreamParams(NamedTuple):
@@ -54,8 +55,8 @@ def init_params(
 
     phi is 0. H_pre reads half of its input from stream `layer_index` mod n and the other half evenly from all: the
     weights sum to 1, so equal streams are read as one, and as they differ the streams get different gradients and part.
-    H_post is 1, and the rows of H_res sum to 1: it is the identity to 1e-3 ("none": exactly). The logits -8 off the
-    identity and the gates alpha = 0.01 are those of mHC-lite and KromHC, and the paper's table 5.
+    H_post is 1, and the rows of H_res sum to 1: how near it is to the identity ("none": it is the identity), and the
+    gates alpha, `config.start` says.
 
     Args:
         width: features C of one stream.
@@ -63,15 +64,17 @@ def init_params(
     """
     _check_width(width)
     n = config.streams
-    constraint = CONSTRAINTS[config.constraint]
+    constraint, start = CONSTRAINTS[config.constraint], STARTS[config.start]
+    res = constraint.identity(n)
     pre, post = 1 / (2 * n) + jnp.where(jnp.arange(n) == layer_index % n, 1 / 2, 0), jnp.ones(n)
     if constraint.bounded:
         # One stream is read with weight sigmoid(16) = 1 - 1e-7: the logit of exactly 1 does not exist.
         pre, post = jnp.minimum(jax.scipy.special.logit(pre), 16), jnp.zeros(n)
-    bias = jnp.concatenate([pre, post, constraint.identity(n)]).astype(dtype)
+        res = res * start.residual
+    bias = jnp.concatenate([pre, post, res]).astype(dtype)
     if not config.dynamic:
         return StreamParams(None, None, bias)
-    return StreamParams(jnp.zeros((n * width, config.logits), dtype), jnp.full(3, 0.01, dtype), bias)
+    return StreamParams(jnp.zeros((n * width, config.logits), dtype), jnp.full(3, start.gates, dtype), bias)
 
 
 def maps(params: StreamParams, streams: Float[Array, "*tokens n C"], config: StreamConfig) -> Maps:

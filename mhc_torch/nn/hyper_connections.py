@@ -1,7 +1,7 @@
 """HyperConnections: n residual streams around a branch, as `mhc_torch.streams` defines them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from mhc_torch.streams import (
     write,
 )
 from mhc_torch.streams.config import DEFAULTS
+from mhc_torch.streams.starts import STARTS
 
 
 def _check_width(width: int) -> None:
@@ -31,58 +32,47 @@ def _check_width(width: int) -> None:
         raise ValueError(f"width must be at least 1, got {width}")
 
 
-class HyperConnections(nn.Module):
-    """X -> H_res X + H_post^T branch(H_pre X) on streams X of shape (..., n, width).
-
-    Wraps any branch that keeps the shape and dtype of its input. Between networks of one stream and these layers,
-    `expand` once before the first and `reduce` (or a `StreamHead`) once after the last. A new network of these layers
-    computes what the plain residual network x + branch(x) does.
+class ConnectionMaps(nn.Module):
+    """The three maps of one branch: their parameters, and what these tell of themselves.
 
     Args:
-        branch: the wrapped module; further arguments of the call reach it.
         width: features C of one stream.
-        config: all options in one value; keywords, the fields of `StreamConfig`, change single ones.
-        layer_index: which wrapped branch of the network this is, counted from 0: sets the stream it reads most.
-
-    Attributes:
-        phi: (n * width, m) parameter, m = config.logits columns: those of H_pre, H_post, H_res. None if not dynamic.
-        alpha: (3,) parameter, the gates of H_pre, H_post, H_res; starts at 0.01. None if not dynamic.
-        bias: (m,) parameter.
-
-    Raises:
-        TypeError, ValueError: as StreamConfig; width is below 1.
+        config: all options of the maps.
+        layer_index: which branch of the network this is, counted from 0.
+        **factory: dtype and device of the parameters.
     """
 
-    def __init__(
-        self,
-        branch: nn.Module,
-        width: int,
-        *,
-        config: StreamConfig | None = None,
-        layer_index: int = 0,
-        **options: Any,
-    ) -> None:
+    phi: nn.Parameter | None
+    alpha: nn.Parameter | None
+    bias: nn.Parameter
+
+    def __init__(self, width: int, config: StreamConfig, layer_index: int, **factory: Any) -> None:
         super().__init__()
         _check_width(width)
-        self.config = resolve(DEFAULTS, config, **options)
+        self.config = config
         self.layer_index = layer_index
-        self.branch = branch
-        dynamic = self.config.dynamic
-        self.phi = nn.Parameter(torch.empty(self.config.streams * width, self.config.logits)) if dynamic else None
-        self.alpha = nn.Parameter(torch.empty(3)) if dynamic else None
-        self.bias = nn.Parameter(torch.empty(self.config.logits))
+        shapes = {"phi": (config.streams * width, config.logits), "alpha": (3,), "bias": (config.logits,)}
+        for name, shape in shapes.items():
+            exists = config.dynamic or name == "bias"
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, **factory)) if exists else None)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        with torch.no_grad():
-            if self.phi is not None and self.alpha is not None:
-                self.phi.zero_()
-                self.alpha.fill_(0.01)
-            self.bias.copy_(initial_bias(self.config, self.layer_index))
+    def start_values(self) -> dict[str, Tensor | float]:
+        """What each parameter starts as, by name."""
+        bias = initial_bias(self.config, self.layer_index)
+        alpha = STARTS[self.config.start].gates
+        return {"phi": 0.0, "alpha": alpha, "bias": bias} if self.config.dynamic else {"bias": bias}
 
-    def forward(self, streams: Float[Tensor, "*tokens n C"], *args: Any, **kwargs: Any) -> Float[Tensor, "*tokens n C"]:
-        pre, post, res = maps(self.phi, self.alpha, self.bias, streams, self.config)
-        return write(streams, self.branch(collapse(pre, streams), *args, **kwargs), post, res)
+    @torch.no_grad()
+    def reset_parameters(self, which: Callable[[nn.Parameter], bool] = lambda _: True) -> None:
+        """Start anew, with those of the parameters that `which` is true of."""
+        for name, value in self.start_values().items():
+            if which(parameter := self.get_parameter(name)):
+                parameter.copy_(torch.as_tensor(value))
+
+    def token_maps(self, streams: Float[Tensor, "*tokens n C"]) -> Maps:
+        """H_pre, H_post and H_res of every token."""
+        return maps(self.phi, self.alpha, self.bias, streams, self.config)
 
     def resting_maps(self) -> Maps:
         """The maps of the bias alone, around which those of the tokens lie: (n,), (n,) and (n, n)."""
@@ -102,8 +92,8 @@ class HyperConnections(nn.Module):
         return {"": {"identity_distance": distance}} | entropies
 
     def gradient_groups(self) -> dict[str, Iterable[nn.Parameter]]:
-        """The parameters of the maps, and those of the branch."""
-        return {"maps_grad_norm": self.parameters(recurse=False), "grad_norm": self.branch.parameters()}
+        """The parameters of the maps."""
+        return {"maps_grad_norm": self.parameters(recurse=False)}
 
     def mixed_states(self, streams: Tensor, *_: Any, **__: Any) -> list[Tensor]:
         """The states that a call mixes."""
@@ -111,6 +101,49 @@ class HyperConnections(nn.Module):
 
     def extra_repr(self) -> str:
         return f"config={self.config}"
+
+
+class HyperConnections(ConnectionMaps):
+    """X -> H_res X + H_post^T branch(H_pre X) on streams X of shape (..., n, width).
+
+    Wraps any branch that keeps the shape and dtype of its input. Between networks of one stream and these layers,
+    `expand` once before the first and `reduce` (or a `StreamHead`) once after the last. A new network of these layers
+    computes what the plain residual network x + branch(x) does.
+
+    Args:
+        branch: the wrapped module; further arguments of the call reach it.
+        width: features C of one stream.
+        config: all options in one value; keywords, the fields of `StreamConfig`, change single ones.
+        layer_index: which wrapped branch of the network this is, counted from 0: sets the stream it reads most.
+
+    Attributes:
+        phi: (n * width, m) parameter, m = config.logits columns: those of H_pre, H_post, H_res. None if not dynamic.
+        alpha: (3,) parameter, the gates of H_pre, H_post, H_res; starts as `config.start` says. None if not dynamic.
+        bias: (m,) parameter.
+
+    Raises:
+        TypeError, ValueError: as StreamConfig; width is below 1.
+    """
+
+    def __init__(
+        self,
+        branch: nn.Module,
+        width: int,
+        *,
+        config: StreamConfig | None = None,
+        layer_index: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(width, resolve(DEFAULTS, config, **options), layer_index)
+        self.branch = branch
+
+    def forward(self, streams: Float[Tensor, "*tokens n C"], *args: Any, **kwargs: Any) -> Float[Tensor, "*tokens n C"]:
+        pre, post, res = self.token_maps(streams)
+        return write(streams, self.branch(collapse(pre, streams), *args, **kwargs), post, res)
+
+    def gradient_groups(self) -> dict[str, Iterable[nn.Parameter]]:
+        """The parameters of the maps, and those of the branch."""
+        return super().gradient_groups() | {"grad_norm": self.branch.parameters()}
 
 
 class StreamHead(nn.Module):

@@ -16,6 +16,7 @@ from mhc_torch.history.mixing import check_arithmetic
 from mhc_torch.streams.config import StreamConfig
 from mhc_torch.streams.constraints import CONSTRAINTS
 from mhc_torch.streams.norm import normalizer, scale_of, scaled
+from mhc_torch.streams.starts import STARTS
 
 
 class Maps(NamedTuple):
@@ -29,18 +30,21 @@ def initial_bias(config: StreamConfig, layer_index: int = 0) -> Float[Tensor, " 
 
     H_pre reads half of its input from stream `layer_index` mod n and the other half evenly from all: the weights sum
     to 1, so equal streams are read as one, and as they differ the streams get different gradients and part. H_post
-    is 1, and the rows of H_res sum to 1: it is the identity to 1e-3 ("none": exactly). The logits -8 off the identity
-    are those of mHC-lite and KromHC.
+    is 1, and the rows of H_res sum to 1: how near it is to the identity, `config.start` says ("none": it is the
+    identity). In float64.
     """
     n = config.streams
-    pre = torch.full((n,), 1 / (2 * n))
+    # In float64, so that the weights of a float64 model sum to 1 as exactly as it computes.
+    pre = torch.full((n,), 1 / (2 * n), dtype=torch.float64)
     pre[layer_index % n] += 1 / 2
-    post = torch.ones(n)
+    post = torch.ones_like(pre)
     constraint = CONSTRAINTS[config.constraint]
+    res = constraint.identity(n)
     if constraint.bounded:
         # One stream is read with weight sigmoid(16) = 1 - 1e-7: the logit of exactly 1 does not exist.
-        pre, post = torch.logit(pre).clamp(max=16), torch.zeros(n)
-    return torch.cat([pre, post, constraint.identity(n)])
+        pre, post = torch.logit(pre).clamp(max=16), torch.zeros_like(pre)
+        res = res * STARTS[config.start].residual
+    return torch.cat([pre, post, res])
 
 
 def maps(

@@ -12,11 +12,13 @@ import mhc_jax.options
 import mhc_jax.projections
 import mhc_jax.streams
 import mhc_jax.streams.constraints
+import mhc_jax.streams.starts
 import mhc_torch.history.config
 import mhc_torch.options
 import mhc_torch.projections
 import mhc_torch.streams
 import mhc_torch.streams.constraints
+import mhc_torch.streams.starts
 
 MATRIX = (mhc_jax.history.config.MatrixConfig, mhc_torch.history.config.MatrixConfig)
 HISTORY = (mhc_jax.MHCConfig, mhc_torch.history.config.MHCConfig)
@@ -85,6 +87,7 @@ def test_registries():
     assert list(mhc_jax.projections.PROJECTIONS) == list(mhc_torch.projections.PROJECTIONS)
     for name, projection in mhc_jax.projections.PROJECTIONS.items():
         assert projection.options == mhc_torch.projections.PROJECTIONS[name].options
+    assert Path(mhc_jax.streams.starts.__file__).read_text() == Path(mhc_torch.streams.starts.__file__).read_text()
     assert list(mhc_jax.streams.constraints.CONSTRAINTS) == list(mhc_torch.streams.constraints.CONSTRAINTS)
 
 

@@ -46,15 +46,18 @@ def test_stacks():
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 @pytest.mark.parametrize("streams", [1, 2, 4, 6])
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_hyper_connections(constraint, streams, dynamic):
-    options = {"streams": streams, "constraint": constraint, "dynamic": dynamic, "layer_index": 5}
+@pytest.mark.parametrize(("start", "gates", "logit"), [("identity", 0.01, -8.0), ("mixed", 1.0, -2.0)])
+def test_hyper_connections(constraint, streams, dynamic, start, gates, logit):
+    options = {"streams": streams, "constraint": constraint, "dynamic": dynamic, "start": start, "layer_index": 5}
     ours = jax_nn.HyperConnections(lambda x: x, 3, **options)
     theirs = torch_nn.HyperConnections(nn.Identity(), 3, **options)
     np.testing.assert_allclose(ours.bias[...], theirs.bias.detach(), rtol=1e-6, atol=1e-7)
     assert (ours.phi is None) == (theirs.phi is None) == (ours.alpha is None) == (theirs.alpha is None) == (not dynamic)
     if dynamic:
         same(ours.phi, theirs.phi, 0.0)
-        same(ours.alpha, theirs.alpha, [0.01] * 3)
+        same(ours.alpha, theirs.alpha, [gates] * 3)
+    if constraint != "none":
+        assert {*np.asarray(ours.bias[2 * streams :])} <= {0.0, logit}
 
 
 @pytest.mark.parametrize("streams", [1, 2, 4])

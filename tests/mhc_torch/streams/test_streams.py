@@ -10,6 +10,7 @@ from mhc_torch import streams
 from mhc_torch.models.transformer import MHCTransformer
 from mhc_torch.nn.hyper_connections import HyperConnections, StreamHead
 from mhc_torch.streams import StreamConfig
+from mhc_torch.streams.starts import STARTS
 from tests import streams_reference as reference
 
 CONSTRAINTS = ["sinkhorn", "permutations", "kronecker", "none"]
@@ -47,6 +48,45 @@ def test_layer_is_the_equation_of_the_paper(config):
         *parameters, x.numpy(), lambda h: np.tanh(1.5 * h), **{name: getattr(config, name) for name in names}
     )
     np.testing.assert_allclose(layer(x).detach(), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_a_new_float64_network_is_the_residual_network_in_float64(constraint, start):
+    """In float64 to the accuracy of float64, though streams are read unevenly and H_res mixes them."""
+    x = torch.randn(2, 5, dtype=torch.float64)
+    expected, wide = x, streams.expand(x, 3)
+    for index in range(4):
+        layer = HyperConnections(Branch(), 5, streams=3, constraint=constraint, start=start, layer_index=index)
+        layer.double().reset_parameters()
+        expected, wide = expected + Branch()(expected), layer(wide)
+    torch.testing.assert_close(streams.reduce(wide), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("constraint", ["sinkhorn", "permutations", "kronecker"])
+def test_mixed_maps_of_streams_learn(constraint):
+    """H_res moves as the other maps do; with the start "identity" it hardly leaves it."""
+    moved = {}
+    for start in STARTS:
+        torch.manual_seed(0)
+        layers = nn.ModuleList(
+            HyperConnections(nn.Linear(6, 6), 6, constraint=constraint, start=start, layer_index=i) for i in range(4)
+        )
+        before = [layer.resting_maps().res for layer in layers]
+        optimizer = torch.optim.Adam([p for layer in layers for p in layer.parameters(recurse=False)], lr=0.02)
+        x, y = torch.randn(32, 6), torch.randn(32, 6)
+        for _ in range(30):
+            wide = streams.expand(x, 4)
+            for layer in layers:
+                wide = layer(wide)
+            optimizer.zero_grad()
+            (streams.reduce(wide) - y).square().mean().backward()
+            optimizer.step()
+        moved[start] = max(
+            (layer.resting_maps().res - old).abs().max().item() for layer, old in zip(layers, before, strict=True)
+        )
+    assert moved["mixed"] > 0.03
+    assert moved["identity"] < 0.01
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
