@@ -7,7 +7,8 @@ import torch
 from flax import nnx
 
 from bridge.match import ModulePair
-from bridge.record import Recording, floats, submodule
+from bridge.leaves import submodule
+from bridge.record import Recording, floats
 
 
 class BatchNorms:

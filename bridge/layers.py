@@ -15,6 +15,7 @@ import mhc_torch
 from bridge.arrays import to_numpy, to_torch
 from bridge.batch_norm import BatchNorms
 from bridge.judge import Layout, Values, epsilon, judge, largest, layout, reduction
+from bridge.leaves import submodule
 from bridge.match import Link, ModulePair, match
 from bridge.objective import torch_names
 from bridge.record import (
@@ -29,7 +30,6 @@ from bridge.record import (
     jax_float64,
     pull_jax,
     pull_torch,
-    submodule,
     watch_jax,
     watch_torch,
 )

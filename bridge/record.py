@@ -92,13 +92,6 @@ def skip_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return (given["x"], list(history[-window:])), {}
 
 
-def submodule(model: Any, path: str) -> Any:
-    """The node of an nnx module at a dotted path."""
-    for name in path.split(".") if path else ():
-        model = model[int(name)] if name.isdigit() else getattr(model, name)
-    return model
-
-
 def jax_float64(model: nnx.Module) -> nnx.Module:
     """A copy of an nnx module that computes in float64. Call it, and use what it returns, with x64 enabled."""
     model = nnx.clone(model)

@@ -104,7 +104,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Child:
-    """A submodule on each side under different names; `*` in `torch` as in `Leaf`: the JAX leaves are stacked."""
+    """A submodule on each side under dotted names that differ; `*` in `torch` as in `Leaf`: JAX leaves are stacked."""
 
     jax: str
     torch: str
@@ -128,6 +128,9 @@ class Setting:
     torch: Callable[[Any], Any]
 
 
+Names = tuple[str, ...] | Callable[[Any, Any], tuple[str, ...]]
+
+
 @dataclass(frozen=True)
 class Rule:
     """How a pair of module types maps. What it does not name is matched by equal names.
@@ -135,17 +138,19 @@ class Rule:
     Attributes:
         entries: leaves and children whose names or layouts differ, or a function of the two modules that gives them.
         settings: hyperparameters that must agree.
-        jax_only, torch_only: leaves without a counterpart that carry no weight, such as a counter of batches.
+        jax_only, torch_only: leaves without a counterpart that carry no weight, such as a counter of batches; or a
+            function of the two modules that gives them.
     """
 
     entries: tuple[Entry, ...] | Callable[[Any, Any], tuple[Entry, ...]] = ()
     settings: tuple[Setting, ...] = ()
-    jax_only: tuple[str, ...] = ()
-    torch_only: tuple[str, ...] = ()
+    jax_only: Names = ()
+    torch_only: Names = ()
 
-    def of(self, jax_module: Any, torch_module: Any) -> tuple[Entry, ...]:
-        """The entries for this very pair."""
-        return self.entries(jax_module, torch_module) if callable(self.entries) else self.entries
+    def of(self, what: str, jax_module: Any, torch_module: Any) -> tuple[Any, ...]:
+        """The entries, or the names that are on one side only, for this very pair."""
+        found = getattr(self, what)
+        return found(jax_module, torch_module) if callable(found) else found
 
 
 _rules: dict[tuple[type, type], Rule] = {}
@@ -163,8 +168,8 @@ def register(
     *entries: Entry,
     by: Callable[[Any, Any], tuple[Entry, ...]] | None = None,
     settings: tuple[Setting, ...] = (),
-    jax_only: tuple[str, ...] = (),
-    torch_only: tuple[str, ...] = (),
+    jax_only: Names = (),
+    torch_only: Names = (),
 ) -> None:
     """Declares how `jax_type` (an nnx.Module) and `torch_type` (a torch.nn.Module) map, replacing an earlier rule.
 
@@ -172,7 +177,7 @@ def register(
         entries: the `Leaf`s and `Child`ren whose names or layouts differ; the rest is matched by equal names.
         by: instead of `entries`, a function (jax_module, torch_module) -> entries, where they depend on the modules.
         settings: hyperparameters that must agree for the same weights to mean the same function.
-        jax_only, torch_only: names of leaves that have no counterpart and carry no weight.
+        jax_only, torch_only: names of leaves that have no counterpart and carry no weight, or functions as `by`.
 
     Raises:
         TypeError: a type is not a module type of its framework.

@@ -421,6 +421,7 @@ def apply_layers(
     streams: Float[Array, "*tokens n C"],
     *,
     block_length: int = 1,
+    policy: Callable[..., bool] | None = None,
 ) -> Float[Array, "*tokens n C"]:
     """`streams = layer(params_l, streams)` for every l, as a scan: compile time does not grow with depth.
 
@@ -430,6 +431,7 @@ def apply_layers(
         block_length: of how many layers the streams are kept once for the backward pass. With 1 they are kept for
             every layer. With more, those inside a block are computed again from the outputs of its branches, which
             are kept: the branches themselves never run twice. `optimal_block_length` needs the least memory.
+        policy: what of a layer to keep beside its streams (`jax.checkpoint_policies`); the rest is computed again, too.
 
     Raises:
         ValueError: if block_length does not divide L.
@@ -444,15 +446,17 @@ def apply_layers(
         return layer(params, streams), None
 
     if block_length == 1:
+        if policy is not None:
+            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
         return jax.lax.scan(step, streams, params)[0]
 
     def block(streams: Array, params: Any) -> tuple[Array, None]:
         return jax.lax.scan(step, streams, params)
 
-    def keep(_: Any, *inputs: Any, **options: Any) -> bool:
-        # Everything but what has the shape of the streams, which only `read` and `write` handle.
+    def keep(operation: Any, *inputs: Any, **options: Any) -> bool:
+        # Nothing that has the shape of the streams, which only `read` and `write` handle.
         shapes = [value.shape for value in inputs] + [options.get("shape")]
-        return streams.shape not in shapes
+        return streams.shape not in shapes and (policy is None or policy(operation, *inputs, **options))
 
     recomputed = jax.checkpoint(block, policy=keep, prevent_cse=False)
     blocks = jax.tree.map(lambda p: p.reshape(-1, block_length, *p.shape[1:]), params)

@@ -19,7 +19,8 @@ class HyperConnections(nnx.Module):
     computes what the plain residual network x + branch(x) does.
 
     Args:
-        branch: a module or function; further arguments of the call reach it.
+        branch: a module or function; further arguments of the call reach it. None for a layer that keeps its branch
+            under another name, and gives it to `around`.
         width: features C of one stream.
         config: all options in one value; or give them as keywords, the fields of `StreamConfig`.
         layer_index: which wrapped branch of the network this is, counted from 0: sets the stream it reads most.
@@ -45,7 +46,7 @@ class HyperConnections(nnx.Module):
 
     def __init__(
         self,
-        branch: Callable[..., Array],
+        branch: Callable[..., Array] | None,
         width: int,
         *,
         config: StreamConfig | None = None,
@@ -68,7 +69,15 @@ class HyperConnections(nnx.Module):
         return StreamParams(self.phi[...], self.alpha[...], self.bias[...])
 
     def __call__(self, streams: Float[Array, "*tokens n C"], *args: Any, **kwargs: Any) -> Float[Array, "*tokens n C"]:
-        connected = functional.wrap(self.branch, self.config, implementation=self.implementation)
+        if self.branch is None:
+            raise ValueError("branch is None: call around(branch, streams) instead")
+        return self.around(self.branch, streams, *args, **kwargs)
+
+    def around(
+        self, branch: Callable[..., Array], streams: Float[Array, "*tokens n C"], *args: Any, **kwargs: Any
+    ) -> Float[Array, "*tokens n C"]:
+        """The call, with a branch that is held elsewhere."""
+        connected = functional.wrap(branch, self.config, implementation=self.implementation)
         return connected(self.params(), streams, *args, **kwargs)
 
 
@@ -110,6 +119,7 @@ class StreamStack(nnx.Module):
         depth: number of layers L.
         streams: number n of streams.
         block_length: of how many layers the streams are kept once for the backward pass; see `streams.apply_layers`.
+        policy: what else of a layer to keep (`jax.checkpoint_policies`); the default is all its derivative needs.
         rngs: for the layers.
 
     Attributes:
@@ -137,12 +147,14 @@ class StreamStack(nnx.Module):
         streams: int = 4,
         *,
         block_length: int = 1,
+        policy: Callable[..., bool] | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         self.streams = streams
         self.block_length = block_length
+        self.policy = policy
         self.layers = nnx.vmap(make_layer)(rngs.split(depth), jnp.arange(depth))
         others = nnx.state(self.layers, nnx.Not(nnx.Param))
         if others:
@@ -155,6 +167,7 @@ class StreamStack(nnx.Module):
             params,
             functional.expand(x, self.streams),
             block_length=self.block_length,
+            policy=self.policy,
         )
         return functional.reduce(wide)
 

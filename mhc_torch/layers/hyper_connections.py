@@ -1,7 +1,7 @@
 """HyperConnections: n residual streams around a branch, as `mhc_torch.streams` defines them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ class HyperConnections(nn.Module):
     computes what the plain residual network x + branch(x) does.
 
     Args:
-        branch: the wrapped module; further arguments of the call reach it.
+        branch: the wrapped module; further arguments of the call reach it. None for a layer that keeps its branch under
+            another name, and gives it to `around`.
         width: features C of one stream.
         config: all options in one value; or give them as keywords, the fields of `StreamConfig`.
         layer_index: which wrapped branch of the network this is, counted from 0: sets the stream it reads most.
@@ -35,7 +36,7 @@ class HyperConnections(nn.Module):
 
     def __init__(
         self,
-        branch: nn.Module,
+        branch: nn.Module | None,
         width: int,
         *,
         config: StreamConfig | None = None,
@@ -64,8 +65,16 @@ class HyperConnections(nn.Module):
             self.bias.copy_(initial_bias(self.config, self.layer_index))
 
     def forward(self, streams: Float[Tensor, "*tokens n C"], *args: Any, **kwargs: Any) -> Float[Tensor, "*tokens n C"]:
+        if self.branch is None:
+            raise ValueError("branch is None: call around(branch, streams) instead")
+        return self.around(self.branch, streams, *args, **kwargs)
+
+    def around(
+        self, branch: Callable[..., Tensor], streams: Float[Tensor, "*tokens n C"], *args: Any, **kwargs: Any
+    ) -> Float[Tensor, "*tokens n C"]:
+        """The call, with a branch that is held elsewhere."""
         pre, post, res = maps(self.phi, self.alpha, self.bias, streams, self.config)
-        return write(streams, self.branch(collapse(pre, streams), *args, **kwargs), post, res)
+        return write(streams, branch(collapse(pre, streams), *args, **kwargs), post, res)
 
     def extra_repr(self) -> str:
         return f"config={self.config}"

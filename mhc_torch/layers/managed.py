@@ -1,7 +1,7 @@
 """MHCSequential: a stack of branches whose outputs are mixed with the stack's own past states."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ class MHCSequential(nn.Module):
         if self.clear_history_each_forward:
             history.clear()
         history.append(x)
-        tape = self._tape(x)
+        tape = tape_of(list(self.skip_layers), history, x)
         for module, skip in zip(self.wrapped_modules, self.skip_layers, strict=True):
             if self.use_checkpointing and torch.is_grad_enabled():
                 branch = checkpoint(module, x, use_reentrant=False)
@@ -101,22 +101,22 @@ class MHCSequential(nn.Module):
             history.clear()
         return x
 
-    def _tape(self, x: Float[Tensor, "*shape"]) -> Tape | None:
-        """The logits of all layers, projected at once; the first layer sees the history as it is, each next one more.
 
-        None where they cannot be: skips that no longer share their settings project for themselves.
-        """
-        skips: list[Any] = list(self.skip_layers)
-        configs = [skip.config for skip in skips]
-        if not skips or configs.count(configs[0]) < len(skips) or configs[0].mode == "residual":
-            return None
-        first = skips[0]
-        states = len(self.history_buffer)
-        logits = torch.stack([skip.mixing_logits for skip in skips])
-        window = logits.shape[1]
-        # Layer l has states + l past states; the columns c before those, c + l < window - states, are dead.
-        dead = (torch.arange(window + len(skips) - 1, device=logits.device) < window - states).unfold(0, window, 1)
-        gate_logits = torch.stack([skip.gate_logit for skip in skips]) if first.use_gating else None
-        weights = first.coefficients(logits.masked_fill(dead, -math.inf), gate_logits)
-        # Tensors that are kept without their graph get no gradient to share.
-        return Tape(x, weights, alone=states == 1 and not self.history_buffer.detach_history)
+def tape_of(skips: Sequence[Any], history: HistoryBuffer, x: Float[Tensor, "*shape"]) -> Tape | None:
+    """The logits of all layers, projected at once; the first layer sees the history as it is, each next one more.
+
+    None where they cannot be: skips that no longer share their settings project for themselves.
+    """
+    configs = [skip.config for skip in skips]
+    if not skips or configs.count(configs[0]) < len(skips) or configs[0].mode == "residual":
+        return None
+    first = skips[0]
+    states = len(history)
+    logits = torch.stack([skip.mixing_logits for skip in skips])
+    window = logits.shape[1]
+    # Layer l has states + l past states; the columns c before those, c + l < window - states, are dead.
+    dead = (torch.arange(window + len(skips) - 1, device=logits.device) < window - states).unfold(0, window, 1)
+    gate_logits = torch.stack([skip.gate_logit for skip in skips]) if first.use_gating else None
+    weights = first.coefficients(logits.masked_fill(dead, -math.inf), gate_logits)
+    # Tensors that are kept without their graph get no gradient to share.
+    return Tape(x, weights, alone=states == 1 and not history.detach_history)
