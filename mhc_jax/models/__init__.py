@@ -1,6 +1,7 @@
 """Whole models, each short enough to read in one sitting."""
 
+from mhc_jax.models.cache import KVCache
 from mhc_jax.models.decoder import Decoder, DecoderConfig, RopeScaling
 from mhc_jax.models.loss import cross_entropy
 
-__all__ = ["Decoder", "DecoderConfig", "RopeScaling", "cross_entropy"]
+__all__ = ["Decoder", "DecoderConfig", "KVCache", "RopeScaling", "cross_entropy"]

@@ -9,15 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from mhc_jax.config import MHCConfig
+from mhc_jax.history import History
+from mhc_jax.mixing import mix
 from mhc_jax.models import attention as kernels
 from mhc_jax.models.attention import named
+from mhc_jax.models.cache import KVCache, LayerCache
 from mhc_jax.models.loss import cross_entropy
+from mhc_jax.models.sampling import check_sampling, generate
 from mhc_jax.nn.hyper_connections import HyperConnections, StreamStack
 from mhc_jax.nn.stack import MHCStack
-from mhc_jax.streams import Implementation, StreamConfig
+from mhc_jax.streams import Implementation, StreamConfig, expand, reduce
 
 Connection = Literal["residual", "history", "streams"]
 
@@ -165,13 +169,15 @@ class Attention(nnx.Module):
             self.q_norm = _norm(config, config.head_width, dtype, param_dtype, rngs)
             self.k_norm = _norm(config, config.head_width, dtype, param_dtype, rngs)
 
-    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+    def __call__(self, x: Float[Array, "B T C"], cache: LayerCache | None = None) -> Float[Array, "B T C"]:
         q, k, v = (_heads(project(x), self.config) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = rotary(self.config, jnp.arange(x.shape[1])[None], q.dtype)
-        q, k = named(rotate(q, cos, sin), "query"), named(rotate(k, cos, sin), "key")
-        mixed = kernels.attend(q, k, named(v, "value"), implementation=self.implementation)
+        past = 0 if cache is None else cache.length
+        cos, sin = rotary(self.config, past + jnp.arange(x.shape[1])[None], q.dtype)
+        q, k, v = named(rotate(q, cos, sin), "query"), named(rotate(k, cos, sin), "key"), named(v, "value")
+        k, v, seen = (k, v, None) if cache is None else cache.append(k, v)
+        mixed = kernels.attend(q, k, v, seen, implementation=self.implementation)
         mixed = named(mixed, "attention")
         return named(self.o_proj(mixed.reshape(*x.shape[:-1], -1)), "attention_out")
 
@@ -204,16 +210,16 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = _norm(config, config.features, dtype, param_dtype, rngs)
         self.mlp = MLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def attend(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+    def attend(self, x: Float[Array, "B T C"], cache: LayerCache | None = None) -> Float[Array, "B T C"]:
         """The first branch, attention after its norm."""
-        return self.self_attn(self.input_layernorm(x))
+        return self.self_attn(self.input_layernorm(x), cache)
 
     def transform(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         """The second branch, SwiGLU after its norm."""
         return self.mlp(self.post_attention_layernorm(x))
 
-    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        attended = self.attend(x)
+    def __call__(self, x: Float[Array, "B T C"], cache: LayerCache | None = None) -> Float[Array, "B T C"]:
+        attended = self.attend(x, cache)
         return attended + self.transform(x + attended)
 
 
@@ -234,8 +240,8 @@ class StreamDecoderLayer(DecoderLayer):
         self.attn_hc = HyperConnections(None, config.features, layer_index=2 * index, **kind)
         self.ffn_hc = HyperConnections(None, config.features, layer_index=2 * index + 1, **kind)
 
-    def __call__(self, streams: Float[Array, "B T n C"]) -> Float[Array, "B T n C"]:
-        return self.ffn_hc.around(self.transform, self.attn_hc.around(self.attend, streams))
+    def __call__(self, streams: Float[Array, "B T n C"], cache: LayerCache | None = None) -> Float[Array, "B T n C"]:
+        return self.ffn_hc.around(self.transform, self.attn_hc.around(self.attend, streams, cache))
 
 
 class Decoder(nnx.Module):
@@ -327,21 +333,86 @@ class Decoder(nnx.Module):
                 config.features, config.vocabulary, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
             )
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        """Tokens to the logits of the token after each."""
-        hidden = self.hidden(tokens)
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        return jnp.matmul(hidden, self.output_kernel.astype(hidden.dtype), preferred_element_type=wide)
+    def __call__(self, tokens: Int[Array, "B T"], cache: KVCache | None = None) -> Any:
+        """Tokens to the logits of the token after each, (B, T, V), in float32 at least.
 
-    def hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T C"]:
-        """What the output layer reads.
+        With a `cache` the tokens follow those that are in it, and the result is (logits, cache with these added). Logits
+        are NaN if they do not fit into it.
+        """
+        if cache is None:
+            return self.logits(self.hidden(tokens))
+        hidden, cache = self.hidden(tokens, cache)
+        return self.logits(hidden), cache
+
+    def hidden(self, tokens: Int[Array, "B T"], cache: KVCache | None = None) -> Any:
+        """What the output layer reads, (B, T, C); arguments and result otherwise as of the call.
 
         Raises:
-            ValueError: tokens are not integers of shape (B, T).
+            ValueError: tokens are not integers of shape (B, T), or the cache is for another batch.
         """
         if jnp.ndim(tokens) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers of shape (B, T), got {tokens.dtype}{list(jnp.shape(tokens))}")
-        return self.norm(self.stack(self.embed_tokens(tokens)))
+        x = self.embed_tokens(tokens)
+        if cache is None:
+            return self.norm(self.stack(x))
+        if cache.keys.shape[1] != len(tokens):
+            raise ValueError(f"cache is for a batch of {cache.keys.shape[1]}, tokens has one of {len(tokens)}")
+        x = jnp.where(cache.length + tokens.shape[1] <= cache.keys.shape[2], x, jnp.nan)
+        x, cache = self._with_cache(x, cache)
+        return self.norm(x), cache
+
+    def _with_cache(self, x: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        """The stack, layer by layer in a scan without derivatives of its own, which keys and values go along with."""
+        graphdef, params = nnx.split(self.stack.layers)
+        streams = isinstance(self.stack, StreamStack)
+        state = expand(x, self.stack.streams) if streams else History.create(x, self.stack.config.max_history)
+        weights = jnp.zeros((self.config.depth, 0)) if streams else self.stack.mixing_weights(gated=True)
+
+        def step(carry: tuple[Any, Array, Array, Array], layer: tuple[Any, Array, Array]) -> tuple[Any, None]:
+            state, x, keys, values = carry
+            params, weights, index = layer
+            here = LayerCache(keys, values, cache.length, index)
+            y = nnx.merge(graphdef, params)(x, here)
+            x = y if streams else mix(y, state.window, weights)
+            return (y if streams else state.push(x), x, here.keys, here.values), None
+
+        start = (state, state if streams else x, cache.keys, cache.values)
+        (_, x, keys, values), _ = jax.lax.scan(step, start, (params, weights, jnp.arange(self.config.depth)))
+        return reduce(x) if streams else x, KVCache(keys, values, cache.length + len(x[0]))
+
+    def logits(self, hidden: Float[Array, "B T C"]) -> Float[Array, "B T V"]:
+        """The output layer, in float32 at least."""
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        return jnp.matmul(hidden, self.output_kernel.astype(hidden.dtype), preferred_element_type=wide)
+
+    def init_cache(self, batch: int, size: int) -> KVCache:
+        """An empty cache for `size` positions of each of `batch` sequences, in the dtype of the computation."""
+        dtype = self.embed_tokens.dtype or self.embed_tokens.embedding.dtype
+        return KVCache.create(self.config.depth, batch, size, self.config.kv_heads, self.config.head_width, dtype)
+
+    def generate(
+        self,
+        tokens: Int[Array, "B T"],
+        steps: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Int[Array, "B T+steps"]:
+        """`tokens`, and `steps` more that the model continues them with.
+
+        Args:
+            temperature: divides the logits; 0 takes the likeliest token.
+            top_k: draw from the k likeliest tokens only.
+            key: for the draws.
+
+        Raises:
+            ValueError: steps is below 1, temperature below 0, or top_k not in 1..V; a key is missing.
+        """
+        check_sampling(steps, temperature, top_k, key, self.config.vocabulary)
+        graphdef, state = nnx.split(self)
+        greedy = temperature == 0
+        return generate(graphdef, state, tokens, key, temperature, steps=steps, top_k=top_k, greedy=greedy)
 
     def loss(
         self, tokens: Int[Array, "B T"], targets: Int[Array, "B T"] | None = None, *, chunk: int = 512
