@@ -7,6 +7,7 @@ from bridge.convert import convert
 from bridge.files import convert_file, load, save
 from bridge.match import match
 from bridge.optimizers import convert_optimizer
+from bridge.pretrained import load_pretrained, read_config
 from bridge.report import Report
 from bridge.rules import Child, Leaf, Setting, register
 from bridge.verify import verify
@@ -22,7 +23,9 @@ __all__ = [
     "convert_file",
     "convert_optimizer",
     "load",
+    "load_pretrained",
     "match",
+    "read_config",
     "register",
     "save",
     "torch_function",

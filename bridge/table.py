@@ -138,6 +138,13 @@ register(jax_streams.StreamHead, torch_streams.StreamHead, settings=(_STREAMS,))
 register(jax_streams.StreamStack, torch_streams.StreamStack, Child("layers", "layers.*"))
 
 
+def _decoder(jax_module: jax_models.Decoder, _: torch_models.Decoder) -> tuple[Child | Leaf, ...]:
+    # torch has a tied output layer under two names, as transformers.
+    tied = (Leaf("embed_tokens.embedding", "lm_head.weight"),) if jax_module.config.tied else ()
+    body = Child("embed_tokens", "model.embed_tokens"), Child("stack", "model.layers"), Child("norm", "model.norm")
+    return *body, *tied
+
+
 def _decoder_layers(jax_module: Any, torch_module: Any) -> tuple[Child | Leaf, ...]:
     """Of a decoder's stack as a chain, which is how it is verified."""
     history = isinstance(jax_module, jax_mhc.MHCSequential)
@@ -169,9 +176,7 @@ _SIZES = Setting("sizes", lambda m: asdict(m.config), lambda m: asdict(m.config)
 register(
     jax_models.Decoder,
     torch_models.Decoder,
-    Child("embed_tokens", "model.embed_tokens"),
-    Child("stack", "model.layers"),
-    Child("norm", "model.norm"),
+    by=_decoder,
     settings=(_SIZES,),
 )
 _STACK = torch_models.decoder.DecoderStack

@@ -265,6 +265,7 @@ class Decoder(nnx.Module):
         rngs: for the parameters, and for the noise of `stochastic`.
 
     Attributes:
+        connection: the `MHCConfig` or `StreamConfig`.
         embed_tokens: `nnx.Embed`, (V, C).
         stack: an `MHCStack` of `DecoderLayer`, or a `StreamStack` of `StreamDecoderLayer`: `stack.layers.self_attn.q_proj`
             and so on, with a leading axis of depth.
@@ -304,6 +305,7 @@ class Decoder(nnx.Module):
             config.vocabulary, config.features, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         connected, policy = as_connection(connection, options), _policy(remat)
+        self.connection = connected
         self.stack: MHCStack | StreamStack
         if isinstance(connected, StreamConfig):
             self.stack = StreamStack(
