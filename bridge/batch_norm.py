@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from flax import nnx
 
-from bridge.match import ModulePair
 from bridge.leaves import submodule
+from bridge.match import ModulePair
 from bridge.record import Recording, floats
 
 

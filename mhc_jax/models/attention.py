@@ -1,7 +1,7 @@
 """Causal attention of grouped queries: the plain form, and a fused kernel where the platform has a well-kept one.
 
-Of the fused kernels no (T, T) array of scores is ever in memory. On TPU it is splash attention, which comes with JAX; on NVIDIA
-GPUs it is cuDNN's, by `jax.nn.dot_product_attention`.
+With a fused kernel no (T, T) array of scores is ever in memory. On TPU it is splash attention, which comes with JAX;
+on NVIDIA GPUs it is cuDNN's, by `jax.nn.dot_product_attention`.
 """
 
 import math

@@ -93,7 +93,7 @@ class DecoderConfig:
                 raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
         if self.head_dim is None and self.features % self.num_heads:
             raise ValueError(
-                f"features must be a multiple of num_heads={self.num_heads} unless head_dim is given, got {self.features}"
+                f"features must be a multiple of num_heads={self.num_heads}, or head_dim given; got {self.features}"
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads, got {self.kv_heads}")
@@ -128,7 +128,10 @@ class DecoderConfig:
             if given.get(name, value) != value:
                 raise ValueError(f"config: {name} must be {value!r}, got {given[name]!r}")
         # One dictionary since transformers 5; before, the base apart from the scaling, which plain models leave out.
-        rope = given.get("rope_parameters") or {"rope_theta": given.get("rope_theta"), **(given.get("rope_scaling") or {})}
+        rope = given.get("rope_parameters") or {
+            "rope_theta": given.get("rope_theta"),
+            **(given.get("rope_scaling") or {}),
+        }
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind not in ("default", "llama3"):
             raise ValueError(f"config: rope_type must be 'default' or 'llama3', got {kind!r}")
@@ -267,8 +270,8 @@ class Decoder(nnx.Module):
     Attributes:
         connection: the `MHCConfig` or `StreamConfig`.
         embed_tokens: `nnx.Embed`, (V, C).
-        stack: an `MHCStack` of `DecoderLayer`, or a `StreamStack` of `StreamDecoderLayer`: `stack.layers.self_attn.q_proj`
-            and so on, with a leading axis of depth.
+        stack: an `MHCStack` of `DecoderLayer`, or a `StreamStack` of `StreamDecoderLayer`: its variables, as
+            `stack.layers.self_attn.q_proj.kernel`, have a leading axis of depth.
         norm: the last `nnx.RMSNorm`.
         lm_head: `nnx.Linear`, (C, V), unless `config.tied`.
 
@@ -338,8 +341,8 @@ class Decoder(nnx.Module):
     def __call__(self, tokens: Int[Array, "B T"], cache: KVCache | None = None) -> Any:
         """Tokens to the logits of the token after each, (B, T, V), in float32 at least.
 
-        With a `cache` the tokens follow those that are in it, and the result is (logits, cache with these added). Logits
-        are NaN if they do not fit into it.
+        With a `cache` the tokens follow those that are in it, and the result is (logits, cache with these added); if
+        they do not fit into it, logits are NaN.
         """
         if cache is None:
             return self.logits(self.hidden(tokens))

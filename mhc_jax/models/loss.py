@@ -98,8 +98,10 @@ def _of_chunk(hidden: Array, targets: Array, weight: Array) -> tuple[Array, Arra
 
 
 def _split(hidden: Array, targets: Array, chunk: int) -> tuple[Array, Array]:
-    """(T, ...) as (chunks, B, chunk, ...); what fills the last chunk does not count. The batch stays an axis of its own,
-    as it may be split over devices."""
+    """As (chunks, B, chunk, ...): the batch may be split over devices, and stays an axis of its own.
+
+    What fills the last chunk does not count.
+    """
     missing = -hidden.shape[1] % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, missing), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, missing)), constant_values=-1)

@@ -82,7 +82,7 @@ class DecoderConfig:
                 raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
         if self.head_dim is None and self.features % self.num_heads:
             raise ValueError(
-                f"features must be a multiple of num_heads={self.num_heads} unless head_dim is given, got {self.features}"
+                f"features must be a multiple of num_heads={self.num_heads}, or head_dim given; got {self.features}"
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads, got {self.kv_heads}")
@@ -117,7 +117,10 @@ class DecoderConfig:
             if given.get(name, value) != value:
                 raise ValueError(f"config: {name} must be {value!r}, got {given[name]!r}")
         # One dictionary since transformers 5; before, the base apart from the scaling, which plain models leave out.
-        rope = given.get("rope_parameters") or {"rope_theta": given.get("rope_theta"), **(given.get("rope_scaling") or {})}
+        rope = given.get("rope_parameters") or {
+            "rope_theta": given.get("rope_theta"),
+            **(given.get("rope_scaling") or {}),
+        }
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind not in ("default", "llama3"):
             raise ValueError(f"config: rope_type must be 'default' or 'llama3', got {kind!r}")
@@ -466,7 +469,7 @@ def _seen(length: int, past: int, device: torch.device) -> Bool[Tensor, "T S"]:
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
-    """Without bias; drawn as `nnx.Linear` draws, from a normal distribution of variance 1 / inputs, cut at two sigma."""
+    """Without bias; drawn as by `nnx.Linear`, from a normal distribution of variance 1 / inputs, cut at two sigma."""
     linear = nn.Linear(inputs, outputs, bias=False)
     sigma = inputs**-0.5 / 0.87962566103423978  # of what is cut, so that what is left has that variance
     nn.init.trunc_normal_(linear.weight, std=sigma, a=-2 * sigma, b=2 * sigma)

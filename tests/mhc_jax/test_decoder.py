@@ -1,4 +1,4 @@
-"""The decoder against its mathematics written out, its loss and cache against the plain way, and what it must refuse."""
+"""The decoder against its mathematics written out, its loss and cache against the plain way, and what it refuses."""
 
 import jax
 import jax.numpy as jnp
