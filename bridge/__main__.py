@@ -89,19 +89,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    reader = open_file(options.file)
-    width = max((len(name) for name in reader.specs), default=0)
-    for name, spec in reader.specs.items():
-        print(f"{name:{width}}  {spec}")
-    total = sum(spec.nbytes for spec in reader.specs.values())
-    progress = Progress("reading")
-    done = 0
-    for name, spec in reader.specs.items():
-        reader.read(name)
-        done += spec.nbytes
-        progress(done, total)
-    numbers = sum(int(np.prod(spec.shape)) for spec in reader.specs.values())
-    print(f"{len(reader.specs)} arrays, {numbers:,} numbers, {total / 1e6:,.1f} MB; no damage found")
+    with open_file(options.file) as reader:
+        width = max((len(name) for name in reader.specs), default=0)
+        for name, spec in reader.specs.items():
+            print(f"{name:{width}}  {spec}")
+        total = sum(spec.nbytes for spec in reader.specs.values())
+        progress = Progress("reading")
+        done = 0
+        for name, spec in reader.specs.items():
+            reader.read(name)
+            done += spec.nbytes
+            progress(done, total)
+        numbers = sum(int(np.prod(spec.shape)) for spec in reader.specs.values())
+        print(f"{len(reader.specs)} arrays, {numbers:,} numbers, {total / 1e6:,.1f} MB; no damage found")
     return 0
 
 
@@ -113,18 +113,18 @@ def _convert(options: argparse.Namespace) -> int:
     elif options.to or any(models):
         raise ValueError("--to, --jax and --torch go together: the models say how names and layouts correspond")
     else:
-        reader = open_file(options.source)
-        total = sum(spec.nbytes for spec in reader.specs.values())
-        progress = Progress("converting")
+        with open_file(options.source) as reader:
+            total = sum(spec.nbytes for spec in reader.specs.values())
+            progress = Progress("converting")
 
-        def pieces() -> Iterator[Piece]:
-            done = 0
-            for name, spec in reader.specs.items():
-                yield Piece(name, 0, reader.read(name))
-                done += spec.nbytes
-                progress(done, total)
+            def pieces() -> Iterator[Piece]:
+                done = 0
+                for name, spec in reader.specs.items():
+                    yield Piece(name, 0, reader.read(name))
+                    done += spec.nbytes
+                    progress(done, total)
 
-        write(options.target, reader.specs, pieces())
+            write(options.target, reader.specs, pieces())
     print(f"wrote {options.target}")
     return 0
 

@@ -45,6 +45,11 @@ def dtype_name(dtype: Any) -> str:
     return name
 
 
+def is_shared(dtype: torch.dtype) -> bool:
+    """Whether `dtype_name` knows it."""
+    return dtype in _NAMES
+
+
 def numpy_dtype(name: str) -> np.dtype:
     """The numpy dtype called `name` (those of ml_dtypes included)."""
     return np.dtype(_DTYPES[name][0])

@@ -14,7 +14,7 @@ from flax import nnx
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from bridge.arrays import dtype_name, to_jax, to_numpy, to_torch
+from bridge.arrays import borrow, dtype_name, to_jax, to_numpy
 from bridge.convert import warn
 from bridge.formats import Piece, Reader, Spec, open_file, write
 from bridge.leaves import aliases, jax_leaves, jax_transients, torch_leaves, value
@@ -57,26 +57,26 @@ def load(path: str | os.PathLike[str], model: Any = None) -> Any:
         `model`; without one, name -> array (bfloat16 and float8 as dtypes of ml_dtypes).
 
     Raises:
-        FileNotFoundError: nothing is at `path`.
+        FileNotFoundError: nothing is at `path`, or a shard is missing.
         ValueError: the file is damaged, cut short, of another format, or holds objects other than arrays; or names,
             shapes or dtypes differ from the model's, all of which are listed.
     """
-    reader = open_file(path)
-    if model is None:
-        return {name: reader.read(name) for name in reader.specs}
-    leaves = _leaves(model)
-    if isinstance(model, nn.Module):  # parameters that take their shape from the file, if it has them
-        leaves = leaves | {name: p for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)}
-    names = _sources(reader, leaves, _ignored(model), path)
-    arrays = {name: reader.read(source) for name, source in names.items()}
-    if isinstance(model, nn.Module):
-        model.load_state_dict({name: to_torch(array) for name, array in arrays.items()})
-    else:
+    with open_file(path) as reader:
+        if model is None:
+            return {name: _own(reader.read(name)) for name in reader.specs}
+        leaves = _leaves(model)
+        if isinstance(model, nn.Module):  # parameters that take their shape from the file, if it has them
+            leaves |= {name: p for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)}
+        names = _sources(reader, leaves, _ignored(model), path)
+        arrays = {name: reader.read(source) for name, source in names.items()}
+        if isinstance(model, nn.Module):
+            model.load_state_dict({name: borrow(array) for name, array in arrays.items()})
+            return model
         if bare := [name for name, leaf in leaves.items() if not isinstance(leaf, nnx.Variable)]:
             raise ValueError(f"model: {bare} are bare arrays, which cannot be replaced: wrap them in an nnx.Variable")
         for name, array in arrays.items():
-            leaves[name].set_value(to_jax(array, getattr(value(leaves[name]), "sharding", None)))
-    return model
+            leaves[name].set_value(to_jax(_own(array), getattr(value(leaves[name]), "sharding", None)))
+        return model
 
 
 def convert_file(
@@ -111,8 +111,6 @@ def convert_file(
     found = match(jax_model, torch_model)
     warn(found)
     ours, theirs = (found.torch, found.jax) if to == "jax" else (found.jax, found.torch)
-    reader = open_file(source)
-    names = _sources(reader, ours, _ignored(torch_model if to == "jax" else jax_model), source)
     specs = {name: _spec(leaf) for name, leaf in theirs.items()}
     done, total = 0, sum(spec.nbytes for spec in specs.values())
 
@@ -122,7 +120,9 @@ def convert_file(
         progress(done, total)
         return piece
 
-    write(target, specs, map(count, _pieces(reader, names, found, specs, to)))
+    with open_file(source) as reader:
+        names = _sources(reader, ours, _ignored(torch_model if to == "jax" else jax_model), source)
+        write(target, specs, map(count, _pieces(reader, names, found, specs, to)))
 
 
 def _pieces(
@@ -189,6 +189,11 @@ def _sources(reader: Reader, leaves: Mapping[str, Any], ignored: set[str], path:
     return names
 
 
+def _own(array: np.ndarray) -> np.ndarray:
+    """The array, or a copy where it would change or be lost when somebody writes into the file."""
+    return array if array.flags.writeable else array.copy()
+
+
 def _differ(reader: Reader, one: str, other: str) -> bool:
     return reader.read(one).tobytes() != reader.read(other).tobytes()
 
@@ -204,5 +209,7 @@ def _leaves(source: Any) -> dict[str, Any]:
     if isinstance(source, nn.Module):
         return torch_leaves(source)
     if isinstance(source, Mapping):
+        if wrong := [name for name in source if not isinstance(name, str)]:
+            raise TypeError(f"source: names must be strings, got {wrong}")
         return dict(source)
     raise TypeError(f"expected an nnx.Module, a torch.nn.Module or a mapping of arrays, got {type(source).__name__}")

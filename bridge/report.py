@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bridge.formats.base import replacing
+from bridge.formats.replacing import replacing
 from bridge.metrics import Figures
 
 

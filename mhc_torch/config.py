@@ -12,6 +12,7 @@ MODES = ("mhc", "hc", "residual")
 CONSTRAINTS = ("simplex", "identity", "sparse")
 INITS = ("identity", "uniform")
 SCOPES = ("global", "module")
+LEAST_TEMPERATURE = 2.0**-126  # what is below it may count as 0 in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +73,10 @@ class MHCConfig:
             raise ValueError(f"max_history must be at least 1, got {self.max_history}")
         if not 0 <= self.epsilon < 1:
             raise ValueError(f"epsilon must be in [0, 1), got {self.epsilon}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        if not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be positive and finite, got {self.temperature}; the least in float32 is 2**-126"
+            )
         if not 0 <= self.prune_threshold <= 1:
             raise ValueError(f"prune_threshold must be in [0, 1], got {self.prune_threshold}")
 

@@ -15,6 +15,7 @@ streams to every layer, and the method is off.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any, Literal, NamedTuple
@@ -22,6 +23,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from mhc_torch.layers.mixing import autocasts, check_arithmetic, transformed
 
 MAX_STREAMS = 16
 _MAX_PERMUTED = 6  # 6! = 720 logits a token; 7! = 5040 would outgrow the streams themselves
@@ -140,7 +145,7 @@ def maps(
     check_streams(phi, streams, config, config.logits)
     if bias.shape != (config.logits,):
         raise ValueError(f"bias must have shape {(config.logits,)}, got {tuple(bias.shape)}")
-    with torch.autocast(streams.device.type, enabled=False):
+    with full_precision(streams):
         dtype = torch.promote_types(streams.dtype, torch.float32)
         if phi is None or alpha is None:
             pre, post, res = _maps_from_logits(bias.to(dtype), config)
@@ -218,6 +223,8 @@ def sinkhorn(
         epsilon: DeepSeek-V4's `hc_eps`: added to the matrix after the first column normalization, and to every sum
             after it. With 0 the result is the paper's.
     """
+    if _followed(logits):
+        return _plain_sinkhorn(logits, iterations, epsilon, columns=-2, rows=-1)
     # The batch goes last, where it fills the vector unit.
     matrices = logits.flatten(0, -3).permute(1, 2, 0) if logits.ndim > 2 else logits[..., None]
     result: Tensor = _sinkhorn(matrices.contiguous(), iterations, epsilon)
@@ -281,10 +288,7 @@ def _sinkhorn_backward_grad(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None,
     """The second derivative is rarely asked for, and is that of the plain iterations."""
     with torch.enable_grad():
         logits, first = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
-        _, matrix = _sinkhorn_start(logits, ctx.epsilon)
-        for _ in range(ctx.iterations - 1):
-            matrix = matrix / (matrix.sum(0, keepdim=True) + ctx.epsilon)
-            matrix = matrix / (matrix.sum(1, keepdim=True) + ctx.epsilon)
+        matrix = _plain_sinkhorn(logits, ctx.iterations, ctx.epsilon, columns=0, rows=1)
         (gradient,) = torch.autograd.grad(matrix, logits, first, create_graph=True)
     return *torch.autograd.grad(gradient, (logits, first), cotangent), None, None
 
@@ -292,14 +296,23 @@ def _sinkhorn_backward_grad(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None,
 _sinkhorn_backward.register_autograd(_sinkhorn_backward_grad, setup_context=_sinkhorn_backward_save)
 
 
-def _sinkhorn_start(logits: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def _plain_sinkhorn(logits: Tensor, iterations: int, epsilon: float, columns: int, rows: int) -> Tensor:
+    """The iterations as operations of torch, along the axes over which columns and rows are summed."""
+    _, matrix = _sinkhorn_start(logits, epsilon, columns, rows)
+    for _ in range(iterations - 1):
+        matrix = matrix / (matrix.sum(columns, keepdim=True) + epsilon)
+        matrix = matrix / (matrix.sum(rows, keepdim=True) + epsilon)
+    return matrix
+
+
+def _sinkhorn_start(logits: Tensor, epsilon: float, columns: int = 0, rows: int = 1) -> tuple[Tensor, Tensor]:
     """The column softmax, and what the first row normalization makes of it."""
-    log_columns = torch.log_softmax(logits, 0)
-    columns = log_columns.exp()
+    log_softmax = torch.log_softmax(logits, columns)
+    softmax = log_softmax.exp()
     if not epsilon:
-        return columns, torch.softmax(log_columns, 1)
-    shifted = columns + epsilon
-    return columns, shifted / (shifted.sum(1, keepdim=True) + epsilon)
+        return softmax, torch.softmax(log_softmax, rows)
+    shifted = softmax + epsilon
+    return softmax, shifted / (shifted.sum(rows, keepdim=True) + epsilon)
 
 
 def _sinkhorn_loop(logits: Tensor, iterations: int, epsilon: float) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -323,17 +336,42 @@ def project(
     streams: Float[Tensor, "*tokens n C"], phi: Float[Tensor, "nC m"], norm_epsilon: float
 ) -> Float[Tensor, "*tokens m"]:
     """RMSNorm(vec X) phi, in float32 (float64 for float64 streams)."""
-    result: Tensor = _Project.apply(streams.flatten(-2), phi, norm_epsilon)
-    return result
+    x = streams.flatten(-2)
+    if _followed(x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = _scale(torch.linalg.vector_norm(wide.detach(), dim=-1, keepdim=True))
+        wide, epsilon = _scaled(wide, norm_epsilon, scale)
+        inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+        return wide @ phi.to(wide.dtype) * inverse_rms
+    result: Tensor = _Project.apply(x.reshape(-1, x.shape[-1]), phi, norm_epsilon)
+    return result.reshape(*x.shape[:-1], phi.shape[-1])
+
+
+def _followed(x: Tensor) -> bool:
+    """Whether a transform of torch.func, dual numbers or a class of tensors of its own (DTensor) follow each operation.
+
+    They cannot look into the nodes and operators here, which keep less and are faster.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or is_traceable_wrapper_subclass(x)
+    )
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast is off; for devices that do not know it ("meta") it always is."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 class _Project(torch.autograd.Function):
-    """RMSNorm(x) phi; keeps x in its own dtype, and neither a wide nor a normalized copy."""
+    """RMSNorm(x) phi for x (T, nC); keeps x in its own dtype, and neither a wide nor a normalized copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, phi: Tensor, epsilon: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        result = wide @ phi.to(wide.dtype) * _inverse_rms(wide, epsilon)
+        wide, inverse_rms, _ = _normalizer(x, torch.promote_types(x.dtype, torch.float32), epsilon)
+        result = wide @ phi.to(wide.dtype) * inverse_rms
         ctx.save_for_backward(x, phi, result)
         ctx.epsilon = epsilon
         return result
@@ -341,21 +379,50 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor, None]:
         x, phi, result = ctx.saved_tensors
-        wide = x.to(cotangent.dtype)
-        inverse_rms = _inverse_rms(wide, ctx.epsilon)
-        d_raw = (cotangent * inverse_rms).flatten(0, -2)
+        wide, inverse_rms, scale = _normalizer(x, cotangent.dtype, ctx.epsilon)
+        d_raw = cotangent * inverse_rms
         radial = (cotangent * result).sum(-1, keepdim=True) * inverse_rms.square() / phi.shape[0]
-        wide = wide.flatten(0, -2)
         # Transposed on the way: the tall result (nC, m) directly is the slow side of a CPU's matrix product.
         d_phi = (d_raw.T @ wide).T
-        d_x = (wide * radial.flatten(0, -2)).addmm_(d_raw, phi.to(d_raw.dtype).T, beta=-1)
-        return d_x.reshape(x.shape).to(x.dtype), d_phi.to(phi.dtype), None
+        d_x = (wide * radial).addmm_(d_raw, phi.to(d_raw.dtype).T, beta=-1)
+        return (d_x if scale is None else d_x * scale).to(x.dtype), d_phi.to(phi.dtype), None
 
 
-def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
+def _normalizer(x: Tensor, dtype: torch.dtype, epsilon: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x in `dtype`, 1 / RMS of each token, and the scale that both contain, if there is one."""
+    wide = x.to(dtype)
     # A norm, squared again, is one pass; a mean of squares would write the squares.
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.rsqrt(norm.square() / x.shape[-1] + epsilon)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    # On the host a look at the norms is cheap, and nearly always they fit. On a GPU, reading them would wait.
+    if type(x) is Tensor and x.device.type == "cpu" and not transformed() and _fits(norm).all():
+        return wide, torch.rsqrt(norm.square() / x.shape[-1] + epsilon), None
+    scale = _scale(norm)
+    wide, scaled_epsilon = _scaled(wide, epsilon, scale)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return wide, torch.rsqrt(norm.square() / x.shape[-1] + scaled_epsilon), scale
+
+
+def _fits(norm: Tensor) -> Tensor:
+    """Whether the third power of `norm`, which derivatives divide by, is well inside of its dtype."""
+    return norm < 2.0 ** (_exponent(norm.dtype) // 3 - 2)
+
+
+def _scale(norm: Tensor) -> Tensor:
+    """A power of two for each token, 1 where `norm` fits, with which the others do. RMSNorm sees no scale."""
+    largest = _exponent(norm.dtype)
+    # Beyond half of the exponents squares overflow, and nothing is known of the norm but that.
+    scale = torch.full_like(norm, 2.0 ** (-3 * largest // 4))
+    scale = torch.where(norm < 2.0 ** (largest // 2), 2.0 ** (-13 * largest // 32), scale)
+    return torch.where(_fits(norm), 1.0, scale)
+
+
+def _exponent(dtype: torch.dtype) -> int:
+    return round(math.log2(torch.finfo(dtype).max))
+
+
+def _scaled(x: Tensor, epsilon: float, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` times scale, and the epsilon that gives its RMSNorm the value that x has."""
+    return x * scale, epsilon * scale.square()
 
 
 class _Collapse(torch.autograd.Function):
@@ -404,7 +471,9 @@ def _add_product(total: Tensor, matrices: Tensor, streams: Tensor) -> Tensor:
 
 def collapse(pre: Float[Tensor, "*tokens n"], streams: Float[Tensor, "*tokens n C"]) -> Float[Tensor, "*tokens C"]:
     """The branch's input H_pre X, in the dtype of the streams."""
-    with torch.autocast(streams.device.type, enabled=False):
+    with full_precision(streams):
+        if _followed(streams):
+            return (pre[..., None] * streams.to(pre.dtype)).sum(-2).to(streams.dtype)
         result: Tensor = _Collapse.apply(pre.reshape(-1, pre.shape[-1]), streams.reshape(-1, *streams.shape[-2:]))
     return result.reshape(*streams.shape[:-2], streams.shape[-1])
 
@@ -427,13 +496,16 @@ def write(
             f"the branch must keep the shape of its input {expected}, its output has {tuple(output.shape)}"
         )
     if output.dtype != streams.dtype:
-        if not torch.is_autocast_enabled(streams.device.type):
+        if not autocasts(streams.device.type):
             raise TypeError(
                 f"the branch must keep the dtype of the streams {streams.dtype}, its output has {output.dtype}"
             )
         output = output.to(streams.dtype)
     n, width = streams.shape[-2:]
-    with torch.autocast(streams.device.type, enabled=False):
+    with full_precision(streams):
+        if _followed(streams):
+            mixed = res @ streams.to(res.dtype) + post[..., None] * output.to(res.dtype)[..., None, :]
+            return mixed.to(streams.dtype)
         result: Tensor = _Write.apply(
             streams.reshape(-1, n, width), output.reshape(-1, width), post.reshape(-1, n), res.reshape(-1, n, n)
         )
@@ -460,10 +532,13 @@ def check_streams(phi: Tensor | None, streams: Tensor, config: StreamConfig, col
 
     Raises:
         ValueError: if `streams` has not n streams, or its width is not that of phi.
-        TypeError: if `streams` is not of a floating dtype.
+        TypeError: if `streams` is no tensor, or not of a floating dtype of 16 bits or more.
     """
+    if not isinstance(streams, Tensor):
+        raise TypeError(f"streams must be a tensor, got {type(streams).__name__}")
     if not streams.is_floating_point():
         raise TypeError(f"streams must have a floating dtype, got {streams.dtype}")
+    check_arithmetic(streams, "streams")
     if streams.ndim < 2 or streams.shape[-2] != config.streams:
         raise ValueError(
             f"streams must have shape (..., {config.streams}, width), got {tuple(streams.shape)}; "

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bridge.formats.base import Piece, Reader, Spec
 from bridge.formats.orbax_directory import OrbaxReader, write_orbax
+from bridge.formats.replacing import target_of
 from bridge.formats.safetensors import SafetensorsReader, write_safetensors
 from bridge.formats.shards import ShardsReader
 from bridge.formats.torch_file import TorchReader, write_torch
@@ -24,7 +25,7 @@ def open_file(path: str | os.PathLike[str]) -> Reader:
     """Opens `x.safetensors`, `x.safetensors.index.json` (shards), `x.pt` (.pth, .bin, .ckpt) or an Orbax directory.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
+        FileNotFoundError: there is nothing at `path`, or no file where the index says that a shard is.
         ValueError: the format is unknown, or the file is not what its name says, is cut short or damaged.
     """
     path = Path(path)
@@ -33,7 +34,14 @@ def open_file(path: str | os.PathLike[str]) -> Reader:
     if path.is_dir():
         return OrbaxReader(path)
     if path.name.endswith(".index.json"):
-        return ShardsReader(path, open_file)
+        return ShardsReader(path, _open_one)
+    return _open_one(path)
+
+
+def _open_one(path: Path) -> Reader:
+    """A single file, which a shard must be."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"path: {path} is not a file")
     if path.suffix == ".safetensors":
         return SafetensorsReader(path)
     if path.suffix in _TORCH_SUFFIXES:
@@ -42,7 +50,7 @@ def open_file(path: str | os.PathLike[str]) -> Reader:
 
 
 def write(path: str | os.PathLike[str], specs: Mapping[str, Spec], pieces: Iterable[Piece]) -> None:
-    """Writes arrays to `path`, in the format of its name. The old file stays whole until the new one is.
+    """Writes arrays to `path`, in the format of its name. The old file stays whole until the new one is on the disk.
 
     Safetensors are written piece by piece; the other formats gather the arrays in memory first.
 
@@ -52,8 +60,9 @@ def write(path: str | os.PathLike[str], specs: Mapping[str, Spec], pieces: Itera
         ValueError: the format is unknown, or cannot hold one of the arrays.
     """
     path = Path(path)
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"path: there is no directory {path.parent} to write {path.name} to")
+    target = target_of(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path: there is no directory {target.parent} to write {target.name} to")
     if path.suffix == ".safetensors":
         write_safetensors(path, specs, pieces)
     elif path.suffix in _TORCH_SUFFIXES:

@@ -1,19 +1,19 @@
-"""What all file formats share: specs, readers, pieces, checksums, and files that appear whole or not at all."""
+"""What all file formats share: specs, readers, pieces, checksums."""
 
 import json
 import math
-import os
 import zlib
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from bridge.arrays import assign, numpy_dtype
+
+MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation of safetensors
 
 
 class Spec(NamedTuple):
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 
 
 class Reader(ABC):
-    """Named arrays in a file, each read when it is asked for.
+    """Named arrays in a file that stays open, so that all come from one version of it, whoever replaces it meanwhile.
 
     Attributes:
         specs: what is there.
@@ -49,20 +49,19 @@ class Reader(ABC):
 
     @abstractmethod
     def read(self, name: str) -> np.ndarray:
-        """The array, or ValueError if its bytes are not those that were written."""
+        """The array, or ValueError if its bytes are not those that were written.
 
+        One that may not be written to is a view of the file itself, and good only while that is left as it is.
+        """
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A new name beside `path` that takes its place when, and only if, all went well."""
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        yield new
-        with new.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+    def close(self) -> None:  # noqa: B027 - most have nothing open
+        """Lets go of the file."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def gather(specs: Mapping[str, Spec], pieces: Iterable[Piece]) -> dict[str, np.ndarray]:
@@ -107,9 +106,35 @@ def check(path: Path, name: str, spec: Spec, values: Iterable[memoryview], expec
         raise ValueError(f"path: {name} in {path} is damaged, its checksum does not match")
 
 
-def flatten(tree: Any, name: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as one mapping with dotted names."""
-    if not isinstance(tree, (Mapping, list, tuple)):
-        return {name: tree}
-    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
-    return {path: x for key, node in items for path, x in flatten(node, f"{name}.{key}" if name else str(key)).items()}
+def flatten(tree: Any) -> dict[str, Any]:
+    """Nested mappings and lists as one mapping with dotted names.
+
+    Raises:
+        ValueError: a key is no name, two leaves would have the same name, or the names have no end: lists that hold
+            themselves, or one another so often that a small file names millions of arrays.
+    """
+    leaves: dict[str, Any] = {}
+    keys_of: dict[str, tuple] = {}
+    room = MAX_HEADER
+    left: list[tuple[str, tuple, Any]] = [("", (), tree)]
+    while left:
+        name, keys, node = left.pop()
+        room -= len(name) + 100  # about what a header of safetensors would need for it
+        if room < 0:
+            raise ValueError(f"lists or mappings that hold themselves or one another have no end of names: {name[:60]}")
+        if isinstance(node, (Mapping, list, tuple)):
+            items = list(node.items() if isinstance(node, Mapping) else enumerate(node))
+            for key, x in reversed(items):
+                if not isinstance(key, (str, int)):
+                    raise ValueError(f"{name or 'the mapping'} has a key of type {type(key).__name__}, not a name")
+                left.append((f"{name}.{key}" if keys else str(key), (*keys, key), x))
+        elif name in leaves:
+            both = f"{_subscripts(keys_of[name])} and {_subscripts(keys)}"
+            raise ValueError(f"{both} are two arrays with one name, {name!r}")
+        else:
+            leaves[name], keys_of[name] = node, keys
+    return leaves
+
+
+def _subscripts(keys: tuple) -> str:
+    return "".join(f"[{key!r}]" for key in keys)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from bridge.arrays import dtype_name, numpy_dtype, to_numpy
-from bridge.formats.base import Piece, Reader, Spec, as_bytes, check, checksum, flatten, gather
+from bridge.formats.base import Piece, Reader, Spec, as_bytes, check, checksum, flatten, gather, parse_json
+from bridge.formats.replacing import scratch, sync, target_of
 
 _EXTRA = "bridge.json"  # in the directory: what Orbax cannot keep, empty arrays and checksums
 
@@ -29,14 +29,14 @@ class OrbaxReader(Reader):
                 asked = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
                 tree = checkpointer.restore(path.absolute(), restore_args=asked)
             self._arrays = {name: to_numpy(x) for name, x in flatten(tree).items()}
-            kept = json.loads(extra.read_bytes()) if extra.exists() else {"empty": {}, "crc32": {}}
-            checksums = kept["crc32"]
+            kept = parse_json(extra.read_bytes()) if extra.exists() else {"empty": {}, "crc32": {}}
             for name, (dtype, shape) in kept["empty"].items():
-                self._arrays[name] = np.empty(shape, numpy_dtype(dtype))
+                self._arrays[name] = np.empty(0, numpy_dtype(dtype)).reshape(shape)
+            checksums = dict(kept["crc32"])
+            if checksums and checksums.keys() != self._arrays.keys():
+                raise ValueError(f"it lost or gained {sorted(checksums.keys() ^ self._arrays.keys())}")
         except Exception as error:  # Orbax and tensorstore raise whatever the damage leads to
             raise ValueError(f"path: {path} is not an Orbax checkpoint, or it is damaged: {error}") from None
-        if checksums and checksums.keys() != self._arrays.keys():
-            raise ValueError(f"path: {path} lost or gained {sorted(checksums.keys() ^ self._arrays.keys())}")
         self.specs = {name: Spec(dtype_name(x.dtype), x.shape) for name, x in self._arrays.items()}
         for name, array in self._arrays.items():
             check(path, name, self.specs[name], [as_bytes(array)], checksums.get(name))
@@ -50,9 +50,9 @@ def write_orbax(path: Path, specs: Mapping[str, Spec], pieces: Iterable[Piece]) 
 
     Raises:
         FileExistsError: it exists.
-        ValueError: one name is the beginning of another, so that they make no tree.
+        ValueError: one name is the beginning of another, so that they make no tree; or all arrays are empty.
     """
-    path = path.absolute()
+    path = target_of(path)
     if path.exists():
         raise FileExistsError(f"path: {path} exists, and a checkpoint is never written over; choose a new name")
     arrays = gather(specs, pieces)
@@ -63,11 +63,19 @@ def write_orbax(path: Path, specs: Mapping[str, Spec], pieces: Iterable[Piece]) 
     for name in arrays:
         if any(name.startswith(f"{other}.") for other in arrays):
             raise ValueError(f"{name}: another array has the name of its parent, which Orbax cannot store")
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
+    if not any(array.size for array in arrays.values()):
+        raise ValueError(f"path: Orbax cannot store {path.name}, which has no value in any array; take .safetensors")
+    with scratch(path) as directory:
+        new = directory / "new"
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(new, traverse_util.unflatten_dict({n: x for n, x in arrays.items() if x.size}, sep="."))
         (new / _EXTRA).write_text(json.dumps(extra))
-        os.rename(new, path)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        sync(new / _EXTRA)
+        sync(new)
+        try:
+            os.rename(new, path)
+        except OSError as error:
+            if not path.exists():
+                raise
+            raise FileExistsError(f"path: {path} was written by somebody else meanwhile; choose a new name") from error
+        sync(path.parent)

@@ -1,8 +1,10 @@
 """Safetensors: the length of the header, a JSON header, the values; here with a checksum per tensor in the metadata."""
 
 import json
+import math
 import os
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from io import BufferedRandom, FileIO
 from pathlib import Path
@@ -11,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from bridge.arrays import assign, numpy_dtype
-from bridge.formats.base import Piece, Reader, Spec, as_bytes, check, checksum, parse_json, replacing
+from bridge.formats.base import MAX_HEADER, Piece, Reader, Spec, as_bytes, check, checksum, parse_json
+from bridge.formats.replacing import replacing
 
 _CHUNK = 1 << 24  # bytes; bounds what the writer holds beside the array that it was given
+_MAX_DIMS = 64  # of numpy
 _CACHED = 1 << 19  # bytes that are read at once, so that they are still in the cache when they are looked at
 _SAFETENSORS = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
@@ -23,8 +27,8 @@ _SAFETENSORS = {
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 _SAFETENSORS_NAMES = {name: code for code, name in _SAFETENSORS.items()}
-_CHECKSUMS = "crc32"  # key in the metadata, of a JSON object: name of the tensor -> checksum
-_MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+_METADATA = "__metadata__"  # the one name that is no tensor's
+_CHECKSUMS = "mhc.crc32"  # key in the metadata, of a JSON object: name of the tensor -> checksum
 
 
 class SafetensorsReader(Reader):
@@ -32,22 +36,28 @@ class SafetensorsReader(Reader):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(size - 8, _MAX_HEADER):
-                raise ValueError(f"path: {path} is not a safetensors file, or it is cut short")
-            header = file.read(length)
+        self._file = path.open("rb", buffering=0)
+        try:
+            self._open(os.fstat(self._file.fileno()).st_size)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, size: int) -> None:
+        start = self._file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(size - 8, MAX_HEADER):
+            raise ValueError(f"path: {self.path} is not a safetensors file, or it is cut short")
+        header = self._file.read(length)
         try:
             entries = parse_json(header)
-            metadata = entries.pop("__metadata__", {})
-            self._checksums = json.loads(metadata.get(_CHECKSUMS, "{}"))
+            metadata = entries.pop(_METADATA, None) or {}
+            self._checksums = parse_json(metadata.get(_CHECKSUMS, "{}"))
             self.specs, self._offsets = self._parse(entries, size - 8 - length)
             if self._checksums and self._checksums.keys() != self.specs.keys():
                 raise ValueError(f"it lost or gained {sorted(self._checksums.keys() ^ self.specs.keys())}")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"path: {path} has a damaged header: {error}") from None
+            raise ValueError(f"path: {self.path} has a damaged header: {error}") from None
         self._data = 8 + length
 
     @staticmethod
@@ -56,9 +66,9 @@ class SafetensorsReader(Reader):
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             spec = Spec(_SAFETENSORS[entry["dtype"]], tuple(entry["shape"]))
             start, stop = entry["data_offsets"]
-            if any(not isinstance(n, int) or n < 0 for n in (*spec.shape, start, stop)):
+            if any(type(n) is not int or n < 0 for n in (*spec.shape, start, stop)):  # true is no number
                 raise ValueError(f"tensor {name!r} has shape {spec.shape} in bytes {start} to {stop}")
-            if start != end or stop - start != spec.nbytes:
+            if start != end or stop - start != spec.nbytes or not _is_possible(spec):
                 raise ValueError(f"tensor {name!r} is said to be {spec} in bytes {start} to {stop}")
             specs[name], offsets[name], end = spec, start, stop
         if end != size:
@@ -68,12 +78,14 @@ class SafetensorsReader(Reader):
     def read(self, name: str) -> np.ndarray:
         spec = self.specs[name]
         array = np.empty(spec.shape, numpy_dtype(spec.dtype))
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self._data + self._offsets[name])
-            values = as_bytes(array)
-            parts = (values[start : start + _CACHED] for start in range(0, len(values), _CACHED))
-            check(self.path, name, spec, _filled(file, parts), self._checksums.get(name))
+        self._file.seek(self._data + self._offsets[name])
+        values = as_bytes(array)
+        parts = (values[start : start + _CACHED] for start in range(0, len(values), _CACHED))
+        check(self.path, name, spec, _filled(self._file, parts), self._checksums.get(name))
         return array
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def write_safetensors(path: Path, specs: Mapping[str, Spec], pieces: Iterable[Piece]) -> None:
@@ -81,6 +93,8 @@ def write_safetensors(path: Path, specs: Mapping[str, Spec], pieces: Iterable[Pi
     for name, spec in specs.items():
         if spec.dtype not in _SAFETENSORS_NAMES:
             raise ValueError(f"{name}: safetensors has no {spec.dtype}")
+        if name == _METADATA:
+            raise ValueError(f"{name}: safetensors has another use for this name")
     # Widest first keeps every tensor aligned to its own element size.
     order = sorted(specs, key=lambda name: (-numpy_dtype(specs[name].dtype).itemsize, name))
     ends = np.cumsum([specs[name].nbytes for name in order]).tolist()
@@ -88,7 +102,7 @@ def write_safetensors(path: Path, specs: Mapping[str, Spec], pieces: Iterable[Pi
 
     def header(checksums: dict[str, str]) -> bytes:
         # transformers asks for the key "format" and for one of the values that it knows.
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt", _CHECKSUMS: json.dumps(checksums)}}
+        entries: dict[str, Any] = {_METADATA: {"format": "pt", _CHECKSUMS: json.dumps(checksums)}}
         for name in order:
             dtype, shape = specs[name]
             span = [offsets[name], offsets[name] + specs[name].nbytes]
@@ -114,6 +128,11 @@ def write_safetensors(path: Path, specs: Mapping[str, Spec], pieces: Iterable[Pi
             checksums[name] = checksum(name, specs[name], _filled(file, parts))
         file.seek(0)
         file.write(struct.pack("<Q", len(draft)) + header(checksums))
+
+
+def _is_possible(spec: Spec) -> bool:
+    """Whether numpy can have such an array: an empty one can claim to be large in its other axes."""
+    return len(spec.shape) <= _MAX_DIMS and math.prod(n or 1 for n in spec.shape) * 16 < sys.maxsize
 
 
 def _reserve(file: BufferedRandom, size: int) -> None:

@@ -4,15 +4,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mhc_torch.config import LEAST_TEMPERATURE
+
 
 def _scale(logits: Tensor, temperature: float) -> Tensor:
     """logits / temperature, in float32 at least: a handful of coefficients steers a whole stream."""
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    if not temperature >= LEAST_TEMPERATURE:
+        raise ValueError(f"temperature must be positive, got {temperature}; the least in float32 is 2**-126")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if temperature == 1 else logits / temperature
+    if temperature == 1:
+        return logits
+    # No projection sees a shift; below 0, division by a tiny temperature cannot end in inf - inf.
+    return (logits - logits.detach().amax(dim=-1, keepdim=True)) / temperature
 
 
 def project_simplex(logits: Float[Tensor, "*batch k"], temperature: float = 1.0) -> Float[Tensor, "*batch k"]:
@@ -66,7 +71,7 @@ def project_sparse_simplex(logits: Float[Tensor, "*batch k"], temperature: float
     z = z - z.detach().amax(dim=-1, keepdim=True)  # the projection does not see a shift; large logits keep their digits
     ordered = z.sort(dim=-1, descending=True).values
     sums = ordered.cumsum(dim=-1)
-    rank = torch.arange(1, z.shape[-1] + 1, device=z.device)
+    rank = torch.ones_like(z).cumsum(dim=-1)  # 1, 2, ..., and sharded as z is
     support = (1 + rank * ordered > sums).sum(dim=-1, keepdim=True)
     tau = (sums.gather(-1, support - 1) - 1) / support
     return torch.relu(z - tau)

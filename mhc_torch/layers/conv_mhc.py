@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mhc_torch.config import resolve_config
 from mhc_torch.layers.compatible import mhc_compatible
 from mhc_torch.layers.mhc_skip import MHCSkip
-from mhc_torch.layers.scope import SharedHistory, clear_each_forward, live_window
+from mhc_torch.layers.scope import SharedHistory, first_window, live_window, span_forwards
 
 Image = Float[Tensor, "batch channels height width"]
 M = TypeVar("M", bound=nn.Module)
@@ -29,19 +29,19 @@ class _HistoryBlock(nn.Module):
         self.shares_history = False
 
     def _mix(self, branch: Image, x: Image, shortcut: nn.Module | None, activation: nn.Module | None = None) -> Image:
-        if not self.shares_history:
-            self.history_buffer.clear()
+        history = self.history_buffer
         if shortcut is not None:
             x = shortcut(x)
-            if x.shape == branch.shape:
-                self.history_buffer.append(x)
-            else:  # a convolution that trims the edges: nothing to mix, but DDP wants every parameter in the graph
-                branch = branch + 0 * x.sum()
-        x = self.skip(branch, live_window(self.skip, self.history_buffer, branch, x))
+            if x.shape != branch.shape:
+                # A convolution that trims the edges: nothing to mix, but DDP wants every parameter in the graph.
+                branch = branch + x.flatten()[:0].sum()
+            elif self.shares_history:
+                history.append(x)
+        window = (live_window if self.shares_history else first_window)(self.skip, history, branch, x)
+        x = self.skip(branch, window)
         x = x if activation is None else activation(x)
-        self.history_buffer.append(x)
-        if not self.shares_history:
-            self.history_buffer.clear()
+        if self.shares_history:
+            history.append(x)
         return x
 
 
@@ -51,7 +51,8 @@ def share_history(model: M, clear_on_forward: bool = True) -> M:
     The history begins anew at every forward of `model`. A block mixes the states of the shape that it puts out.
 
     Args:
-        clear_on_forward: if False, the history lasts until `clear_history()` is called on a block.
+        clear_on_forward: if False, every forward goes on with the history of the last one that did not fail, until
+            `clear_history()` is called on a block.
 
     Returns:
         The same model.
@@ -66,8 +67,7 @@ def share_history(model: M, clear_on_forward: bool = True) -> M:
     for block in blocks:
         block.history_buffer = history
         block.shares_history = True
-    if clear_on_forward:
-        clear_each_forward(model, [history])
+    span_forwards(model, [history], keep=not clear_on_forward)
     return model
 
 

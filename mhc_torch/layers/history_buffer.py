@@ -35,8 +35,15 @@ class HistoryBuffer(nn.Module):
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        self._states.append(x.detach() if self.detach_history else x)
-        del self._states[: -self.max_history]
+        self._states = self.with_state(self._states, x)
+
+    def with_state(self, states: list[Tensor], x: Tensor) -> list[Tensor]:
+        """`states` and the state `x` after them, as this buffer would keep them: a new list."""
+        return [*states, x.detach() if self.detach_history else x][-self.max_history :]
+
+    def replace(self, states: list[Tensor]) -> None:
+        """Keep `states` in place of what is kept."""
+        self._states = states
 
     def get(self) -> list[Tensor]:
         """The states that are kept, oldest first."""

@@ -8,7 +8,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mhc_torch.streams import StreamConfig, check_streams, collapse, expand, initial_bias, maps, project, reduce, write
+from mhc_torch.streams import (
+    StreamConfig,
+    check_streams,
+    collapse,
+    expand,
+    full_precision,
+    initial_bias,
+    maps,
+    project,
+    reduce,
+    write,
+)
 
 
 class HyperConnections(nn.Module):
@@ -103,7 +114,7 @@ class StreamHead(nn.Module):
 
     def forward(self, streams: Float[Tensor, "*tokens n C"]) -> Float[Tensor, "*tokens C"]:
         check_streams(self.phi, streams, self.config, self.config.streams)
-        with torch.autocast(streams.device.type, enabled=False):
+        with full_precision(streams):
             dynamic = project(streams, self.phi, self.config.norm_epsilon)
             pre = torch.sigmoid(self.alpha * dynamic + self.bias) + self.config.epsilon
         return collapse(pre, streams)

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 from mhc_torch.config import resolve_config
 from mhc_torch.layers.compatible import mhc_compatible
 from mhc_torch.layers.history_buffer import HistoryBuffer
 from mhc_torch.layers.mhc_skip import MHCSkip
+from mhc_torch.layers.mixing import check_arithmetic
 from mhc_torch.layers.tape import Tape
 
 
@@ -29,7 +31,8 @@ class MHCSequential(nn.Module):
     Attributes:
         wrapped_modules: the branches.
         skip_layers: one MHCSkip for each branch.
-        history_buffer: empty between two forwards, unless clear_history_each_forward is off.
+        history_buffer: what the last forward left to the next one if clear_history_each_forward is off, else empty: the
+            states of a forward belong to it alone, so that threads can share a stack, and a branch can call it.
 
     Raises:
         TypeError: one of `modules` is no torch.nn.Module; others as MHCConfig.
@@ -83,40 +86,44 @@ class MHCSequential(nn.Module):
         """The last state.
 
         Raises:
-            ValueError, TypeError: as MHCSkip.forward.
+            ValueError: as MHCSkip.forward.
+            TypeError: as MHCSkip.forward; x is no tensor, or of eight bits.
         """
-        history = self.history_buffer
-        if self.clear_history_each_forward:
-            history.clear()
-        history.append(x)
-        tape = tape_of(list(self.skip_layers), history, x)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        check_arithmetic(x)
+        buffer = self.history_buffer
+        states = buffer.with_state([] if self.clear_history_each_forward else buffer.get(), x)
+        tape = tape_of(list(self.skip_layers), x, len(states), buffer.detach_history)
         for module, skip in zip(self.wrapped_modules, self.skip_layers, strict=True):
             if self.use_checkpointing and torch.is_grad_enabled():
                 branch = checkpoint(module, x, use_reentrant=False)
             else:
                 branch = module(x)
-            x = skip(branch, history.get(), tape)
-            history.append(x)
-        if self.clear_history_each_forward:
-            history.clear()
+            x = skip(branch, states, tape)
+            states = buffer.with_state(states, x)
+        if not self.clear_history_each_forward:
+            buffer.replace(states)
         return x
 
 
-def tape_of(skips: Sequence[Any], history: HistoryBuffer, x: Float[Tensor, "*shape"]) -> Tape | None:
-    """The logits of all layers, projected at once; the first layer sees the history as it is, each next one more.
+def tape_of(skips: Sequence[Any], x: Float[Tensor, "*shape"], states: int, detach_history: bool) -> Tape | None:
+    """The logits of all layers, projected at once; the first layer sees so many `states`, each next one more.
 
-    None where they cannot be: skips that no longer share their settings project for themselves.
+    None where they cannot be: skips that no longer share their settings project for themselves, and so do those
+    whose parameters are sharded (`fully_shard`), which are whole only inside of their own forward.
     """
     configs = [skip.config for skip in skips]
     if not skips or configs.count(configs[0]) < len(skips) or configs[0].mode == "residual":
         return None
-    first = skips[0]
-    states = len(history)
-    logits = torch.stack([skip.mixing_logits for skip in skips])
+    first, each = skips[0], [skip.mixing_logits for skip in skips]
+    if any(type(logits) is not nn.Parameter and is_traceable_wrapper_subclass(logits) for logits in each):
+        return None
+    logits = torch.stack(each)
     window = logits.shape[1]
     # Layer l has states + l past states; the columns c before those, c + l < window - states, are dead.
     dead = (torch.arange(window + len(skips) - 1, device=logits.device) < window - states).unfold(0, window, 1)
     gate_logits = torch.stack([skip.gate_logit for skip in skips]) if first.use_gating else None
     weights = first.coefficients(logits.masked_fill(dead, -math.inf), gate_logits)
     # Tensors that are kept without their graph get no gradient to share.
-    return Tape(x, weights, alone=states == 1 and not history.detach_history)
+    return Tape(x, weights, alone=states == 1 and not detach_history)

@@ -69,14 +69,16 @@ class MatrixMHCSkip(nn.Module):
 
         Raises:
             ValueError: shapes or devices of the states differ from those of x.
-            TypeError: their dtype differs outside of autocast.
+            TypeError: their dtype differs outside of autocast; x is no tensor.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x, the output of the branch, must be a tensor, got {type(x).__name__}")
         window = history[-self.max_history :]
         self.live = len(window)
         if not window:
             # Nothing to mix, but DDP wants every parameter in the graph.
             return x + 0 * self.mixing_matrix(1).sum()
-        return mix(x, window, self.mixing_weights().unbind())
+        return mix(x, window, self.mixing_weights(len(window)).unbind())
 
     def extra_repr(self) -> str:
         return (

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def mix(
@@ -18,7 +19,8 @@ def mix(
         ValueError, TypeError: as check_window.
     """
     of_one_dtype = check_window(states, x)
-    if of_one_dtype and x.is_floating_point() and not transformed():
+    check_arithmetic(x)
+    if of_one_dtype and x.is_floating_point() and not transformed() and not is_traceable_wrapper_subclass(x):
         return _Mix.apply(x, *weights, *states)
     for state, weight in zip(states, weights, strict=True):
         x = x + weight * state
@@ -37,6 +39,11 @@ def transformed() -> bool:
         or torch._C._is_tracing()
         or forward_ad._current_level >= 0
     )
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on; for devices that do not know it ("meta") it is not."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def accumulate(x: Tensor, states: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:
@@ -63,14 +70,33 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        k = len(ctx.saved_tensors) // 2
-        weights, states = ctx.saved_tensors[:k], ctx.saved_tensors[k:]
-        wanted, flat = ctx.needs_input_grad, gradient.reshape(-1)
+        saved = ctx.saved_tensors  # once: checkpointing computes them again, and then forgets them
+        k = len(saved) // 2
+        weights, states = saved[:k], saved[k:]
+        wanted, flat = ctx.needs_input_grad, in_single(gradient.reshape(-1))
         return (
             gradient,
-            *(flat.dot(s.reshape(-1)) if w else None for s, w in zip(states, wanted[1 : k + 1], strict=True)),
+            *(
+                flat.dot(in_single(s.reshape(-1))) if w else None
+                for s, w in zip(states, wanted[1 : k + 1], strict=True)
+            ),
             *(gradient * a if w else None for a, w in zip(weights, wanted[k + 1 :], strict=True)),
         )
+
+
+def in_single(x: Tensor) -> Tensor:
+    """`x`, in float32 if its dtype is a narrower one: a sum of products of float16 soon leaves its range."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def check_arithmetic(x: Tensor, name: str = "x") -> None:
+    """That torch can add tensors of the dtype of `x`, the argument `name`.
+
+    Raises:
+        TypeError: it is one of eight bits or less, which are for storage.
+    """
+    if x.dtype.itemsize == 1 and x.is_floating_point():
+        raise TypeError(f"{name} must be bfloat16 or wider, got {x.dtype}, in which torch cannot add")
 
 
 def check_window(states: Sequence[Tensor], x: Tensor) -> bool:
@@ -98,7 +124,7 @@ def check_window(states: Sequence[Tensor], x: Tensor) -> bool:
             )
         if state.dtype != dtype:
             of_one_dtype = False
-            if not torch.is_autocast_enabled(device.type):
+            if not autocasts(device.type):
                 raise TypeError(
                     f"history has a state of {state.dtype}, x is {dtype}; convert it or call clear_history()"
                 )

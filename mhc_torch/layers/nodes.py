@@ -23,7 +23,7 @@ from torch import Tensor, nn
 # has ruled them out.
 from torch.autograd.function import _SingleLevelFunction
 
-from mhc_torch.layers.mixing import accumulate, check_window
+from mhc_torch.layers.mixing import accumulate, autocasts, check_window, in_single
 
 
 class Nodes:
@@ -63,9 +63,11 @@ class _Pass:
     def __init__(self, weights: Float[Tensor, "L H"], like: Tensor) -> None:
         depth, width = weights.shape
         self.products: list[Tensor | None] = [None] * depth
-        self.cotangents = like.new_zeros(width, like.numel())
+        # What is summed of float16 would leave its range.
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.cotangents = like.new_zeros(width, like.numel(), dtype=dtype)
         self.slots = self.cotangents.view(width, *like.shape).unbind()
-        self.columns = _by_slot(weights).to(like.dtype).unbind()
+        self.columns = _by_slot(weights).to(dtype).unbind()
 
     def put(self, layer: int, cotangent: Tensor) -> None:
         """The cotangent of `layer`'s output comes into its slot."""
@@ -73,7 +75,7 @@ class _Pass:
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             # Second derivatives and batches of cotangents cannot follow a write in place.
             rows = list(self.cotangents)
-            rows[slot] = cotangent.reshape(-1)
+            rows[slot] = cotangent.reshape(-1).to(self.cotangents.dtype)
             self.cotangents = torch.stack(rows)
         else:
             self.slots[slot].copy_(cotangent)
@@ -108,7 +110,7 @@ class _Mix(_SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         device = gradient.device.type
-        if torch.is_autocast_enabled(device):  # it would round the products below
+        if autocasts(device):  # it would round the products below
             with torch.autocast(device, enabled=False):
                 return _Mix.backward(ctx, gradient)
         nodes, layer = ctx.nodes, ctx.layer
@@ -124,9 +126,9 @@ class _Mix(_SingleLevelFunction):
         _, wants_latest, wants_weights, *_ = ctx.needs_input_grad
         of_latest = of_weights = None
         if wants_latest:
-            of_latest = torch.mm(past.columns[layer], past.cotangents).view_as(latest)
+            of_latest = torch.mm(past.columns[layer], past.cotangents).view_as(latest).to(latest.dtype)
         if wants_weights:
-            past.products[layer] = torch.mv(past.cotangents, latest.reshape(-1))
+            past.products[layer] = torch.mv(past.cotangents, in_single(latest.reshape(-1)))
             if layer == 0:
                 of_weights = past.gradient_of_weights()
         return gradient, of_latest, of_weights, None, None, None, None

@@ -1,12 +1,15 @@
 """The learned map by which past states of another width join the mix."""
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+_MATERIALIZING = threading.Lock()
 
 
 class HistoryProjection(nn.Module):
@@ -47,8 +50,7 @@ class HistoryProjection(nn.Module):
         if isinstance(self.weight, nn.UninitializedParameter):
             image_axes = (1, 1) if x.ndim == 4 else ()
             shape = (x.shape[axis], state.shape[axis], *image_axes)
-            self.weight.materialize(shape, device=x.device, dtype=x.dtype)
-            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as torch.nn.Linear
+            self._materialize(shape, x)
         if self.weight.shape[:2] != (x.shape[axis], state.shape[axis]):
             raise ValueError(
                 f"this projection maps width {self.weight.shape[1]} to {self.weight.shape[0]}, "
@@ -56,6 +58,14 @@ class HistoryProjection(nn.Module):
                 "so change it once in max_history layers, or outside of the stack"
             )
         return F.conv2d(state, self.weight) if x.ndim == 4 else F.linear(state, self.weight)
+
+    def _materialize(self, shape: tuple[int, ...], like: Tensor) -> None:
+        weight: Any = self.weight
+        with _MATERIALIZING:
+            if isinstance(self.weight, nn.UninitializedParameter):  # or another thread was here first
+                # Not by its own method: other threads must not meet a parameter without numbers.
+                weight.data = nn.init.kaiming_uniform_(like.new_empty(shape), a=math.sqrt(5))  # as torch.nn.Linear
+                weight.__class__ = nn.Parameter
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not isinstance(self.weight, nn.UninitializedParameter):

@@ -274,12 +274,12 @@ class DecoderStack(nn.ModuleList):
         return reduce(x) if streams else x
 
     def _with_history(self, x: Tensor, config: MHCConfig, cache: KVCache | None) -> Tensor:
-        history = HistoryBuffer(config.max_history, config.detach_history)
-        history.append(x)
-        tape = tape_of([layer.skip for layer in self], history, x)
+        buffer = HistoryBuffer(config.max_history, config.detach_history)
+        states = buffer.with_state([], x)
+        tape = tape_of([layer.skip for layer in self], x, len(states), config.detach_history)
         for layer in self:
-            x = layer.skip(self._run(layer, x, cache), history.get(), tape)
-            history.append(x)
+            x = layer.skip(self._run(layer, x, cache), states, tape)
+            states = buffer.with_state(states, x)
         return x
 
     def _run(self, layer: nn.Module, x: Tensor, cache: KVCache | None) -> Tensor:

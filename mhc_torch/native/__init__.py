@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,7 @@ import torch
 
 SOURCE = Path(__file__).with_name("nodes.cpp")
 NAME = "mhc_torch_nodes"
+_LOADING, _LOADED = threading.Lock(), dict[Path, ModuleType]()
 COMPILE, LINK = ["-O3", "-g0", "-fopenmp"], ["-fopenmp"]
 
 
@@ -49,12 +51,17 @@ def nodes() -> ModuleType | None:
     loader = importlib.machinery.ExtensionFileLoader(NAME, str(file))
     specification = importlib.util.spec_from_file_location(NAME, file, loader=loader)
     assert specification is not None
-    try:
-        module = importlib.util.module_from_spec(specification)
-        loader.exec_module(module)
-    except ImportError as error:
-        raise ImportError(f"{file} cannot be loaded ({error}); delete it, and build it again if you like") from error
-    return module
+    with _LOADING:
+        if file not in _LOADED:  # two threads may come here at once, and classes of C++ register once
+            try:
+                module = importlib.util.module_from_spec(specification)
+                loader.exec_module(module)
+            except ImportError as error:
+                raise ImportError(
+                    f"{file} cannot be loaded ({error}); delete it, and build it again if you like"
+                ) from error
+            _LOADED[file] = module
+        return _LOADED[file]
 
 
 def build() -> Path:

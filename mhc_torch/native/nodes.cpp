@@ -241,12 +241,17 @@ struct Mix : torch::autograd::Node {
       for (size_t k = 0; k < places.size(); ++k) pass.products[places[k]] = products[k];
     } else {
       const Tensor weights = nodes->weights.flatten();
+      // What is summed of float16 would leave its range.
+      const auto wide = at::promote_types(state.scalar_type(), at::kFloat);
+      const Tensor wide_state = state.to(wide);
       if (pass.tensors.empty()) pass.tensors.assign(nodes->values.size(), at::zeros({}, weights.options()));
       for (size_t k = 0; k < places.size(); ++k) {
-        const Tensor term = cotangents[k] * weights[places[k]];
+        const Tensor cotangent = cotangents[k].to(wide);
+        const Tensor term = cotangent * weights[places[k]];
         of_state = of_state.defined() ? of_state + term : term;
-        pass.tensors[places[k]] = (cotangents[k] * state).sum();
+        pass.tensors[places[k]] = (cotangent * wide_state).sum();
       }
+      if (of_state.defined()) of_state = of_state.to(state.scalar_type());
     }
     if (layer == 0 && wants_weights) {
       of_weights = at::tensor(pass.products, nodes->weights.options()).view(nodes->weights.sizes());

@@ -11,7 +11,7 @@ from mhc_torch.config import MHCConfig, resolve_config
 from mhc_torch.layers.compatible import is_mhc_compatible
 from mhc_torch.layers.history_buffer import clear_history
 from mhc_torch.layers.mhc_skip import MHCSkip
-from mhc_torch.layers.scope import SharedHistory, clear_each_forward, live_window
+from mhc_torch.layers.scope import SharedHistory, live_window, span_forwards
 
 
 class InjectedSkip(MHCSkip):
@@ -64,8 +64,8 @@ def inject_mhc(
         target_types: class or classes of the targets; subclasses count.
         target_class_name: exact name of the class of further targets, such as "BertLayer".
         max_history: window of every skip.
-        clear_on_forward: begin every forward of `module` with an empty history, and leave none behind. If False,
-            call `clear_history()` on the model yourself.
+        clear_on_forward: begin every forward of `module` with an empty history, and leave none behind. If False, it
+            goes on with that of the last forward which did not fail; call `clear_history()` on the model yourself.
         history_scope: "global", one history for all targets, or "module", one for each: a target that is called once
             in a forward then only ever sees its own input, with weight 1.
         preserve_function: start as the same function as before, see InjectedSkip.
@@ -106,8 +106,8 @@ def inject_mhc(
     for target, history in zip(fresh, histories, strict=True):
         target.mhc_skip = InjectedSkip(history, config, preserve_function).to(**_placement(target))
         target.register_forward_hook(_add_history, with_kwargs=True)
-    if fresh and config.clear_history_each_forward:
-        clear_each_forward(root, dict.fromkeys(histories))
+    if fresh:
+        span_forwards(root, dict.fromkeys(histories), keep=not config.clear_history_each_forward)
     if not hasattr(root, "clear_history"):
         root.clear_history = partial(clear_history, root)  # type: ignore[assignment]
     return root

@@ -40,9 +40,14 @@ def extract_mixing_weights(model: nn.Module) -> dict[str, Float[Tensor, "k"]]:
         float tensors ``(K,)`` on the CPU by layer name; empty when there is no mixing layer.
     """
     return {
-        without_compile_prefix(name) or type(module).__name__: module.mixing_weights().detach().float().cpu()
+        without_compile_prefix(name) or type(module).__name__: _whole(module.mixing_weights()).float().cpu()
         for name, module in mixing_layers(model)
     }
+
+
+def _whole(weights: Tensor) -> Tensor:
+    """Gathered from all ranks, if they are a DTensor."""
+    return weights.full_tensor() if hasattr(weights, "full_tensor") else weights
 
 
 def entropy(weights: Float[Tensor, "k"]) -> Float[Tensor, ""]:

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 from flax import nnx
@@ -31,6 +33,7 @@ import mhc_jax.checkpoint
 import mhc_jax.nn as jax_mhc
 import mhc_torch as torch_mhc
 from bridge.arrays import to_jax, to_torch
+from bridge.formats import open_file
 from tests.bridge.models import JaxModel, TorchModel, equal, randomize
 
 FORMATS = (".safetensors", ".pt", ".orbax")
@@ -338,10 +341,29 @@ def hostile_header(entries: dict) -> bytes:
     return struct.pack("<Q", len(header)) + header + bytes(8)
 
 
+@pytest.mark.parametrize("metadata", [None, {"crc32": "1234abcd"}, {"crc32": "12345678"}, {"crc32": '{"a": 3}'}])
+def test_metadata_of_others_is_theirs(tmp_path, metadata):
+    entries = {"__metadata__": metadata, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    (tmp_path / "x.safetensors").write_bytes(hostile_header(entries))
+    assert same_bits(bridge.load(tmp_path / "x.safetensors")["a"], np.zeros(2, np.float32))
+    assert safetensors.torch.load_file(tmp_path / "x.safetensors").keys() == {"a"}
+
+
+def test_names_that_a_format_cannot_hold_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="names must be strings"):
+        bridge.save(tmp_path / "x.safetensors", {1: np.ones(1), "1": np.zeros(1)})
+    with pytest.raises(ValueError, match="another use for this name"):
+        bridge.save(tmp_path / "x.safetensors", {"__metadata__": np.ones(1)})
+    with pytest.raises(ValueError, match="no value in any array"):
+        bridge.save(tmp_path / "x", {"a": np.ones(0)})
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     "entry",
     [
         {"dtype": "F32", "shape": [2], "data_offsets": [0, 16]},
+        {"dtype": "U8", "shape": [True, 8], "data_offsets": [0, 8]},
         {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
         {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]},
         {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
@@ -354,6 +376,14 @@ def hostile_header(entries: dict) -> bytes:
 )
 def test_hostile_safetensors_headers_are_refused(tmp_path, entry):
     (tmp_path / "x.safetensors").write_bytes(hostile_header({"a": entry}))
+    with pytest.raises(ValueError, match="damaged header"):
+        bridge.load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("shape", [[0, 1 << 70], [0] * 70])
+def test_empty_tensors_that_numpy_cannot_have_are_refused(tmp_path, shape):
+    header = hostile_header({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}})[:-8]
+    (tmp_path / "x.safetensors").write_bytes(header)
     with pytest.raises(ValueError, match="damaged header"):
         bridge.load(tmp_path / "x.safetensors")
 
@@ -447,6 +477,186 @@ write(sys.argv[1], {"a": Spec("float64", (6,))}, pieces())
     assert same_bits(bridge.load(tmp_path / "x.safetensors")["a"], np.zeros(3))
 
 
+def test_what_a_killed_writer_left_goes_with_the_next_save_and_living_writers_stay(tmp_path):
+    program = """
+import sys, time, numpy as np
+from bridge.formats import Piece, Spec, write
+def pieces():
+    print("half", flush=True)
+    sys.stdin.readline()
+    yield Piece("a", 0, np.ones(3))
+write(sys.argv[1], {"a": Spec("float64", (3,))}, pieces())
+"""
+    path = tmp_path / "x.safetensors"
+    bridge.save(tmp_path / "y.safetensors", {"a": np.zeros(3)})
+    command = [sys.executable, "-c", program, str(path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": Path(__file__).parents[2]}
+    with subprocess.Popen(command, **pipes) as killed, subprocess.Popen(command, **pipes) as living:
+        assert killed.stdout.readline() == living.stdout.readline() == b"half\n"
+        killed.kill()
+        killed.wait()
+        assert len(os.listdir(tmp_path)) == 3
+        bridge.save(tmp_path / "y.safetensors", {"a": np.zeros(3)})  # of another path: none of its business
+        assert len(os.listdir(tmp_path)) == 3
+        bridge.save(path, {"a": np.zeros(3)})
+        assert len(os.listdir(tmp_path)) == 3, "the dead one's is gone, that of the living one is not"
+        assert same_bits(bridge.load(path)["a"], np.zeros(3))
+        living.communicate(b"\n")
+        assert living.returncode == 0
+    assert same_bits(bridge.load(path)["a"], np.ones(3))
+    assert sorted(os.listdir(tmp_path)) == ["x.safetensors", "y.safetensors"]
+
+
+@pytest.mark.parametrize("suffix", FORMATS[:2])
+def test_threads_that_save_one_path_write_whole_files(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    bridge.save(path, {"a": np.zeros(50_000)})
+
+    def save(number):
+        for _ in range(5):
+            bridge.save(path, {"a": np.full(50_000, float(number))})
+            assert len(np.unique(bridge.load(path)["a"])) == 1
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(save, range(4)))
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("suffix", FORMATS[:2])
+def test_links_modes_and_long_names(tmp_path, suffix):
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / ("n" * 240 + suffix), tmp_path / f"link{suffix}"
+    link.symlink_to(target)
+    bridge.save(link, {"a": np.zeros(3)})  # the file that the link leads to need not be there yet
+    umask = os.umask(0)
+    os.umask(umask)
+    assert target.stat().st_mode & 0o777 == 0o666 & ~umask
+    target.chmod(0o604)
+    bridge.save(link, {"a": np.ones(3)})
+    assert link.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o604
+    assert same_bits(bridge.load(target)["a"], np.ones(3))
+    assert os.listdir(target.parent) == [target.name]
+
+    circle = tmp_path / f"circle{suffix}"
+    circle.symlink_to(circle.name)
+    with pytest.raises(OSError, match="symbolic links"):
+        bridge.save(circle, {"a": np.ones(3)})
+    assert circle.is_symlink()
+
+
+def test_of_writers_of_one_orbax_directory_one_wins_and_the_others_are_told(tmp_path):
+    (tmp_path / "link").symlink_to("x")
+
+    def save(number):
+        try:
+            bridge.save(tmp_path / "link", {"a": np.full(1000, number)})
+        except FileExistsError:
+            return None
+        return number
+
+    with ThreadPoolExecutor(3) as threads:
+        won = [number for number in threads.map(save, range(3)) if number is not None]
+    assert len(won) == 1
+    assert same_bits(bridge.load(tmp_path / "x")["a"], np.full(1000, won[0]))
+    assert sorted(os.listdir(tmp_path)) == ["link", "x"]
+
+
+# ---- replaced while they are read ------------------------------------------------------------------------------------
+
+
+def save_as_the_libraries_do(path, arrays):
+    """Without our checksums, and by a rename: what downloads do."""
+    if path.suffix == ".pt":
+        torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, path.with_name("new"))
+    else:
+        safetensors.numpy.save_file(arrays, path.with_name("new"))
+    os.replace(path.with_name("new"), path)
+
+
+@pytest.mark.parametrize("suffix", FORMATS[:2])
+@pytest.mark.parametrize("save", [bridge.save, save_as_the_libraries_do])
+def test_a_file_that_is_replaced_while_it_is_read_is_read_as_it_was(tmp_path, suffix, save):
+    path = tmp_path / f"x{suffix}"
+    old, new = ({name: np.full(1000, number) for name in "ab"} for number in (1, 2))
+    save(path, old)
+    with open_file(path) as reader:
+        found = {"a": reader.read("a")}
+        save(path, new)
+        found["b"] = reader.read("b")
+        assert all(same_bits(found[name], old[name]) for name in old)
+    assert all(same_bits(x, new[name]) for name, x in bridge.load(path).items())
+
+
+def test_shards_that_are_replaced_while_they_are_read_are_read_as_they_were(tmp_path):
+    index = write_shards(tmp_path, [{"a": np.zeros(2)}, {"b": np.zeros(2)}])
+    with open_file(index) as reader:
+        assert same_bits(reader.read("a"), np.zeros(2))
+        write_shards(tmp_path, [{"a": np.ones(2)}, {"b": np.ones(2)}])
+        assert same_bits(reader.read("b"), np.zeros(2))
+
+
+def test_arrays_do_not_change_with_the_file_that_they_came_from(tmp_path):
+    torch.save({"kernel": torch.ones(300, 70)}, tmp_path / "x.pt")
+    arrays = bridge.load(tmp_path / "x.pt")
+    model = bridge.load(tmp_path / "x.pt", nnx.Linear(300, 70, use_bias=False, rngs=nnx.Rngs(0)))
+    content = (tmp_path / "x.pt").read_bytes()
+    with (tmp_path / "x.pt").open("rb+") as file:  # into the same file, as torch.save does
+        file.write(bytes(len(content)))
+    assert same_bits(arrays["kernel"], np.ones((300, 70), np.float32))
+    assert same_bits(model.kernel[...], np.ones((300, 70), np.float32))
+
+
+# ---- odd files of torch ----------------------------------------------------------------------------------------------
+
+
+def test_a_compressed_torch_file_is_read_right(tmp_path):
+    torch.save({"a": torch.arange(1000)}, tmp_path / "x.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "x.pt") as old,
+        zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert same_bits(bridge.load(tmp_path / "y.pt")["a"], np.arange(1000))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"a": {1: torch.ones(1), "1": torch.zeros(1)}},
+            r"\['a'\]\[1\] and \['a'\]\['1'\] are two arrays with one name",
+        ),
+        (
+            {"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}},
+            r"\['a.b'\] and \['a'\]\['b'\] are two arrays with one name",
+        ),
+        ({None: torch.ones(1)}, "a key of type NoneType"),
+        ({"a": torch.ones(1).to_sparse()}, "more than a state dict: {'a': 'Tensor'}"),
+        ({"a": torch.ones(1, device="meta")}, "more than a state dict"),
+        ({"a": torch.ones(1).expand(1 << 20, 1 << 20)}, "cannot hold a"),
+    ],
+)
+def test_what_is_no_state_dict_is_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=f"path: .*{message}"):
+        bridge.load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("leaves", [[], [torch.ones(1)]])
+def test_lists_in_one_another_are_refused_however_many_names_they_make(tmp_path, leaves):
+    node = leaves
+    for _ in range(60):
+        node = [node, node]
+    circle = []
+    circle.append(circle)
+    for i, content in enumerate((node, circle)):
+        torch.save({"a": content}, tmp_path / f"{i}.pt")
+        with pytest.raises(ValueError, match="no end of names"):
+            bridge.load(tmp_path / f"{i}.pt")
+
+
 # ---- shards ----------------------------------------------------------------------------------------------------------
 
 
@@ -476,11 +686,23 @@ def test_an_index_may_not_leave_its_folder_or_lie(tmp_path):
     content = json.loads(index.read_text())
     for change, message in (
         ({"a": "../model.safetensors"}, "not a file beside it"),
+        ({"a": ".."}, "not a file beside it"),
+        ({"a": "folder\\\\model.safetensors"}, "not a file beside it"),
+        ({"a": str(tmp_path / "model.safetensors")}, "not a file beside it"),
+        ({"a": 3}, "not a file beside it"),
+        ({"a": None}, "not a file beside it"),
+        ({"a": ""}, "not a file beside it"),
+        ({"a": index.name}, "no known format"),
         ({"c": content["weight_map"]["a"]}, "disagree about \\['c'\\]"),
         ({"b": content["weight_map"]["a"]}, "disagree about \\['b'\\]"),
     ):
         index.write_text(json.dumps({"weight_map": content["weight_map"] | change}))
         with pytest.raises(ValueError, match=message):
+            bridge.load(index)
+    (tmp_path / "folder.safetensors").mkdir()
+    for name in ("folder.safetensors", "missing.safetensors"):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(FileNotFoundError, match=name):
             bridge.load(index)
     index.write_text("[]")
     with pytest.raises(ValueError, match="not an index of shards"):

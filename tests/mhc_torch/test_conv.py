@@ -76,6 +76,13 @@ def test_history_kept_across_forwards_when_asked_for():
     assert torch.equal(model(x), first)
 
 
+def test_an_input_that_cannot_join_does_not_spoil_the_output():
+    # Its sum is beyond the range of float16.
+    conv = MHCConv2d(4, 8, 3).half()
+    nn.init.ones_(conv.projection.weight)
+    assert conv(torch.full((2, 4, 20, 20), 100.0).half()).isfinite().all()
+
+
 def test_sharing_needs_blocks():
     with pytest.raises(ValueError, match="got Linear"):
         share_history(nn.Linear(2, 2))

@@ -145,6 +145,34 @@ def test_pruned_weights_count_as_zero_without_renormalising():
     torch.testing.assert_close(skip(torch.zeros(1), history), torch.tensor([5.3]))
 
 
+@pytest.mark.parametrize("constraint", ["simplex", "identity", "sparse"])
+def test_a_tiny_temperature_picks_the_largest_logit(constraint):
+    skip = MHCSkip(constraint=constraint, epsilon=0.0, temperature=2e-38, max_history=3)
+    skip.mixing_logits.data = torch.tensor([5.0, 30.0, -2.0])
+    assert skip.mixing_weights().tolist() == [0.0, 1.0, 0.0]
+
+
+def test_a_stack_of_no_layers_is_the_identity():
+    x = torch.randn(2, 3, requires_grad=True)
+    stack = MHCSequential([])
+    assert torch.equal(stack(x), x)
+    assert torch.autograd.grad(stack(x).sum(), x)[0].tolist() == [[1.0] * 3] * 2
+    kept = MHCSequential([], clear_history_each_forward=False)
+    assert torch.equal(torch.compile(kept, fullgraph=True, backend="eager")(x), x)
+    assert len(kept.history_buffer) == 1
+
+
+def test_an_infinite_entry_spoils_no_other():
+    stack = stack_of(4, nn.Identity, max_history=3)
+    x = torch.randn(2, 3, dtype=F64)
+    expected = stack(x)
+    spoiled = x.clone()
+    spoiled[0, 0] = torch.inf
+    found = stack(spoiled.requires_grad_())
+    assert found[0, 0].item() == torch.inf
+    torch.testing.assert_close(found.flatten()[1:], expected.flatten()[1:])
+
+
 def test_noise_is_only_for_training():
     skip = MHCSkip(stochastic=True, init="uniform")
     history = [torch.randn(3) for _ in range(4)]
@@ -261,6 +289,9 @@ def test_mark_leaves_the_class_as_it_is():
         mhc_compatible(int)
 
 
+EIGHT_BITS = torch.ones(2, 3).to(torch.float8_e4m3fn)
+
+
 class Double(nn.Module):
     def forward(self, x):
         return x.double()
@@ -287,6 +318,15 @@ class Double(nn.Module):
         (lambda: MHCSequential(nn.ReLU(), nn.ReLU()), TypeError, "modules must be an iterable of modules"),
         (lambda: MHCSequential([nn.ReLU(), nn.Linear(3, 1)])(torch.zeros(2, 3)), ValueError, "auto_project=True"),
         (lambda: MHCSequential([nn.ReLU(), Double()])(torch.zeros(2, 3)), TypeError, "float64"),
+        (lambda: MHCSequential([])(1.0), TypeError, "x must be a tensor, got float"),
+        (lambda: MatrixMHCSkip()(1.0, []), TypeError, "must be a tensor, got float"),
+        (
+            lambda: MHCSequential([nn.Identity()])(EIGHT_BITS),
+            TypeError,
+            "x must be bfloat16 or wider, got torch.float8",
+        ),
+        (lambda: MHCSkip()(EIGHT_BITS, [EIGHT_BITS]), TypeError, "x must be bfloat16 or wider, got torch.float8"),
+        (lambda: MHCSkip(temperature=1e-46), ValueError, "temperature must be .* got 1e-46; the least in float32"),
     ],
 )
 def test_bad_input_is_named(call, error, message):

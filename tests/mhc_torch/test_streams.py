@@ -182,3 +182,86 @@ def test_bad_input_is_refused():
         StreamConfig(7, "permutations")
     with pytest.raises(ValueError, match="how must be 'mean' or 'sum'"):
         streams.reduce(x, "max")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e13, 1e19, 1e25, 1e36])
+@pytest.mark.parametrize("transform", [False, True])
+def test_streams_whose_squares_leave_float32(dtype, scale, transform):
+    layer = random_layer(StreamConfig(3), dtype=torch.float32)
+    exact = copy.deepcopy(layer).double()
+    x = torch.randn(4, 3, 5)
+    x[1:] *= scale  # and one token that needs no scale
+    x = x.to(dtype)
+    found = streams.maps(layer.phi, layer.alpha, layer.bias, x, layer.config)
+    wanted = streams.maps(exact.phi, exact.alpha, exact.bias, x.double(), layer.config)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+
+    def gradients(layer, x):
+        def loss(x, phi, alpha, bias):
+            maps = streams.maps(phi, alpha, bias, x, layer.config)
+            return maps.pre[..., 0].sum() + maps.res[..., 0, 1].sum()
+
+        arguments = (x, layer.phi, layer.alpha, layer.bias)
+        if transform:
+            return torch.func.grad(loss, argnums=(0, 1, 2, 3))(*(a.detach() for a in arguments))
+        x.requires_grad_()
+        return torch.autograd.grad(loss(*arguments), arguments)
+
+    error = 1e-4 if dtype == torch.float32 else 1e-2
+    for ours, theirs in zip(gradients(layer, x), gradients(exact, x.detach().double()), strict=True):
+        torch.testing.assert_close(ours.double() * scale, theirs * scale, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("config", CONFIGS[:12], ids=str)
+def test_transforms_of_torch_func(config):
+    layer = random_layer(config, width=3)
+    x, tangent = torch.randn(2, 4, config.streams, 3, dtype=torch.float64).unbind()
+
+    def loss(x):
+        return layer(x).square().sum()
+
+    expected = layer(x)
+    torch.testing.assert_close(torch.func.vmap(lambda row: layer(row))(x), expected)
+    (gradient,) = torch.autograd.grad(loss(leaf := x.clone().requires_grad_()), leaf, create_graph=True)
+    torch.testing.assert_close(torch.func.grad(loss)(x), gradient)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), gradient)
+    _, change = torch.func.jvp(loss, (x,), (tangent,))
+    torch.testing.assert_close(change, (gradient * tangent).sum())
+    (second,) = torch.autograd.grad((gradient * tangent).sum(), leaf)
+    torch.testing.assert_close(torch.func.jvp(torch.func.grad(loss), (x,), (tangent,))[1], second)
+    head = StreamHead(3, config=config).double()
+    torch.testing.assert_close(torch.func.vmap(head)(x), head(x))
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (2, 0)])
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_one_token_and_none(lead, constraint):
+    layer = random_layer(StreamConfig(3, constraint))
+    x = torch.randn(*lead, 3, 5, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    leaves = [x, *layer.parameters()]
+    gradients = torch.autograd.grad(y.square().sum(), leaves)
+    assert y.shape == x.shape
+    assert [g.shape for g in gradients] == [p.shape for p in leaves]
+    batch = x[None].detach().requires_grad_()
+    expected = torch.autograd.grad(layer(batch).square().sum(), [batch, *layer.parameters()])
+    torch.testing.assert_close(gradients, (expected[0][0], *expected[1:]))
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_shapes_alone_on_the_meta_device(constraint):
+    layer = random_layer(StreamConfig(3, constraint), dtype=torch.float32).to("meta")
+    x = torch.empty(2, 3, 5, device="meta", requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert StreamHead(5, streams=3).to("meta")(x).shape == (2, 5)
+
+
+def test_streams_that_torch_cannot_add_are_refused():
+    layer = HyperConnections(nn.Identity(), 8)
+    with pytest.raises(TypeError, match=r"streams must be bfloat16 or wider, got torch\.float8_e4m3fn"):
+        layer(torch.ones(3, 4, 8).to(torch.float8_e4m3fn))
+    with pytest.raises(TypeError, match="streams must be a tensor, got float"):
+        layer(1.0)

@@ -411,3 +411,39 @@ def test_memory_of_states_is_hidden_from_nobody():
     inner = list(stack.parameters())
     ours = torch.autograd.grad(checkpoint(stack, x, use_reentrant=False).square().sum(), [x, *inner])
     torch.testing.assert_close(ours, torch.autograd.grad(stack(x).square().sum(), [x, *inner]))
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_logits_of_large_states_in_half_precision(by_hand):
+    # One product of two states is beyond 65504, the largest float16.
+    stack = stack_of(5, nn.Identity, max_history=3)
+    rough = copy.deepcopy(stack).float()
+    x = 300 * torch.randn(4, 64, dtype=F64)
+    x_half = x.half().requires_grad_()
+
+    def states_by_hand():
+        states = [x_half]
+        for skip in rough.skip_layers:
+            states.append(skip(states[-1], states))
+        return states[-1]
+
+    y = states_by_hand() if by_hand else rough(x_half)
+    cotangent = torch.randn(4, 64, dtype=F64) * 10
+    found = torch.autograd.grad(y, [x_half, *rough.parameters()], cotangent.half())
+    exact = x_half.detach().double().requires_grad_()
+    wanted = torch.autograd.grad(
+        plain_states(stack, exact)[-1],
+        [exact, *stack.parameters()],
+        cotangent.half().double(),
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    for ours, theirs in zip(found, wanted, strict=True):
+        scale = theirs.abs().max().item()
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=0.01 * scale + 1e-3 * (scale == 0))
+
+
+def test_shapes_alone_on_the_meta_device():
+    stack = MHCSequential([nn.Linear(3, 3) for _ in range(4)], max_history=3).to("meta")
+    stack(torch.empty(2, 3, device="meta")).sum().backward()
+    assert all(parameter.grad.shape == parameter.shape for parameter in stack.parameters())
