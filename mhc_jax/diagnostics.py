@@ -115,7 +115,8 @@ def diagnose(model: nnx.Module, grads: nnx.State) -> dict[str, dict[str, Array]]
         - `pre`, `post` (L, n), `res` (L, n, n): the weights with which streams are read, written and mixed;
         - `row_sum_error`, `column_sum_error` (L,): of `res`; `gain_forward`, `gain_backward` (): of all branches;
         - `alpha` (L, 3): the gates of what depends on the token, not for static maps;
-        - `maps_grad_norm` (L,): norm of the gradient of the maps' parameters, `grad_norm` (L,) of the branch's.
+        - `maps_grad_norm` (L,): norm of the gradient of the maps' parameters;
+        - `grad_norm` (L,): that of the branch's, where the connection holds the branch.
 
     Example:
         >>> from mhc_jax.nn import MHCStack
@@ -174,8 +175,9 @@ def _stream_figures(layers: nnx.Module, grads: nnx.State) -> dict[str, Array]:
         if connection.alpha is not None:
             found["alpha"] = connection.alpha[...]
         found["maps_grad_norm"] = jax.vmap(optax.tree.norm)(learned)
-        # The zeros stand for a branch without parameters.
-        found["grad_norm"] = jax.vmap(optax.tree.norm)((own.get("branch", {}), jnp.zeros_like(found["pre"])))
+        if connection.branch is not None:
+            # The zeros stand for a branch without parameters.
+            found["grad_norm"] = jax.vmap(optax.tree.norm)((own.get("branch", {}), jnp.zeros_like(found["pre"])))
         figures.append(found)
     # All branches of the first layer, then those of the second.
     merged = {name: jnp.stack([found[name] for found in figures], 1) for name in figures[0]}

@@ -10,7 +10,6 @@ from mhc_jax.nn.resnet import MHCBasicBlock, MHCBottleneck, MHCResNet
 from mhc_jax.nn.sequential import MHCSequential
 from mhc_jax.nn.skip import MatrixMHCSkip, MHCSkip
 from mhc_jax.nn.stack import MHCStack
-from mhc_jax.nn.transformer import MHCTransformer
 
 __all__ = [
     "HyperConnections",
@@ -21,7 +20,6 @@ __all__ = [
     "MHCSequential",
     "MHCSkip",
     "MHCStack",
-    "MHCTransformer",
     "MatrixMHCSkip",
     "StreamHead",
     "StreamStack",

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from flax import nnx
@@ -12,6 +13,7 @@ import bridge
 from mhc_jax.models import Decoder, DecoderConfig
 from mhc_torch.models import Decoder as TorchDecoder
 from mhc_torch.models import DecoderConfig as TorchConfig
+from tests.integration.text import windows
 
 SIZES = {"vocabulary": 61, "features": 16, "mlp_features": 24, "depth": 2, "num_heads": 4, "num_kv_heads": 2}
 CONNECTIONS = {
@@ -168,3 +170,25 @@ def test_the_form_of_older_config_files_is_read():
         config = kind.from_transformers(old | {"rope_scaling": scaling})
         assert (config.rope_theta, config.rope_scaling.length, config.kv_heads) == (5e5, 8192, 4)
         assert kind.from_transformers(old | {"rope_scaling": None}).rope_scaling is None
+
+
+def trained(connection, steps=60):
+    """Bits per byte of the steps of training on the text."""
+    config = DecoderConfig(256, features=32, mlp_features=80, depth=2, num_heads=2, tied=True)
+    model = Decoder(config, connection, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, tokens):
+        value, gradient = nnx.value_and_grad(lambda model: model.loss(tokens) / jnp.log(2))(model)
+        optimizer.update(model, gradient)
+        return value
+
+    return np.array([step(model, optimizer, jnp.asarray(windows(8, 33, seed=i), jnp.int32)) for i in range(steps)])
+
+
+def test_streams_learn_text_from_where_the_residual_network_starts():
+    residual, streams = trained("residual"), trained("streams")
+    np.testing.assert_allclose(streams[0], residual[0], rtol=1e-4)
+    for bits in (residual, streams):
+        assert bits[-5:].mean() < 0.7 * bits[0]

@@ -8,7 +8,6 @@ from torch import nn
 
 from mhc_torch import streams
 from mhc_torch.layers.hyper_connections import HyperConnections, StreamHead
-from mhc_torch.layers.transformer import MHCTransformer
 from mhc_torch.streams import StreamConfig
 from tests import streams_reference as reference
 
@@ -174,8 +173,6 @@ def test_bad_input_is_refused():
         StreamHead(8)(torch.ones(3, 4, 9))
     with pytest.raises(ValueError, match="width must be at least 1, got 0"):
         HyperConnections(nn.Identity(), 0)
-    with pytest.raises(ValueError, match="features must be a multiple of num_heads=3, got 8"):
-        MHCTransformer(11, features=8, num_heads=3, depth=1, max_length=4, connection="streams")
     with pytest.raises(ValueError, match="either a config or the keywords"):
         HyperConnections(nn.Identity(), 8, config=StreamConfig(), streams=4)
     with pytest.raises(ValueError, match="7! permutations"):
