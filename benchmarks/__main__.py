@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import table
+from benchmarks.record import QUICK_RESULTS, RESULTS
 
 # Arguments of `python -m benchmarks.<suite>`, and the file that they write.
 SUITES: dict[str, list[tuple[list[str], str]]] = {
@@ -25,7 +26,6 @@ SUITES: dict[str, list[tuple[list[str], str]]] = {
     "stream_gain": [([], "stream-gain.json")],
     "quality": [([], "quality-cpu.json")],
 }
-QUICK_RESULTS = Path("runs/benchmarks")
 
 
 def measure(suites: list[str], quick: bool, folder: Path) -> None:
@@ -49,19 +49,19 @@ def main() -> None:
         parser.add_argument("--write", action="store_true", help="put tables and figures in their places")
         if parser.parse_args(sys.argv[2:]).write:
             table.write()
-        print(table.peers(table.load(table.RESULTS)))
+        print(table.peers(table.load(RESULTS)))
         return
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, small networks")
-    parser.add_argument("--output", type=Path, help=f"folder; default: {table.RESULTS}, or {QUICK_RESULTS} if quick")
+    parser.add_argument("--output", type=Path, help=f"folder; default: {RESULTS}, or {QUICK_RESULTS} if quick")
     arguments = parser.parse_args()
     if unknown := [suite for suite in arguments.suites if suite not in SUITES]:
         parser.error(f"SUITE must be of {', '.join(SUITES)}, got {', '.join(unknown)}")
-    folder = arguments.output or (QUICK_RESULTS if arguments.quick else table.RESULTS)
-    if arguments.quick and folder.resolve() == table.RESULTS.resolve():
+    folder = arguments.output or (QUICK_RESULTS if arguments.quick else RESULTS)
+    if arguments.quick and folder.resolve() == RESULTS.resolve():
         parser.error(f"--quick would overwrite the recorded results: --output must not be {folder}")
     measure(arguments.suites or list(SUITES), arguments.quick, folder)
     print("\n" + table.peers(table.load(folder)))

@@ -20,9 +20,8 @@ import mhc_jax.nn as jax_mhc
 import mhc_torch as torch_mhc
 import mhc_torch.models as torch_models
 from benchmarks import bridge_call
+from benchmarks.record import output_file
 from benchmarks.timing import Spread, environment, interleaved, ratio, write_json
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class TorchResNet(nn.Module):
@@ -106,15 +105,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bridge", description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", choices=["conversion", "call"], help="default: both")
     parser.add_argument("--quick", action="store_true", help="a second for each measurement, small models only")
-    parser.add_argument("--output", type=Path, help="of the part named; default: the recorded result")
+    parser.add_argument("--output", type=Path, help="of the part named; default: the recorded result, of a full run")
     arguments = parser.parse_args()
     if arguments.output and not arguments.part:
         parser.error("--output is one file, and both parts write one each: name a part, conversion or call")
+    full = not arguments.quick
+    call = output_file(arguments.output, "bridge-cpu.json", full=full)
+    files = output_file(arguments.output, "bridge_conversion.json", full=full)
     torch.manual_seed(0)
     if arguments.part != "conversion":
-        bridge_call.main(arguments.output or RESULTS / "bridge-cpu.json", arguments.quick)
+        bridge_call.main(call, arguments.quick)
     if arguments.part != "call":
-        conversion(arguments.output or RESULTS / "bridge_conversion.json", arguments.quick)
+        conversion(files, arguments.quick)
 
 
 if __name__ == "__main__":

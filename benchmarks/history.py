@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.record import output_file
 from benchmarks.timing import Spread, environment, interleaved, ratio, write_json
 from mhc_jax import MHCConfig, apply_layers
 
-RESULTS = Path(__file__).parent / "results" / "history-cpu.json"
 LEARNING_RATE = 1e-4
 
 
@@ -203,15 +203,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few seconds for each part, small networks only")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, help="default: the recorded result, of a full run")
     options = parser.parse_args()
-    record = json.loads(options.output.read_text()) if options.output.exists() else {}
+    output = output_file(options.output, "history-cpu.json", full=not options.quick)
+    record = json.loads(output.read_text()) if output.exists() else {}
     for name in options.parts:
         print(name)
         rows = PARTS[name](options.quick)
         # Parts not asked for stay as they are, so each says where it was measured.
         record[name] = {"environment": environment("jaxlib", "optax", "torch", "mhc"), "rows": rows}
-        write_json(options.output, record)
+        write_json(output, record)
 
 
 if __name__ == "__main__":

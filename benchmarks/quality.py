@@ -22,6 +22,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from benchmarks.record import RESULTS, output_file
 from benchmarks.timing import environment, write_json
 from demo.data import CLASSES, PIXELS, load_splits
 from demo.jax_side import Block, PlainStack
@@ -29,7 +30,7 @@ from mhc_jax.models import Decoder, DecoderConfig
 from mhc_jax.models.decoder import DecoderLayer
 from mhc_jax.nn import HyperConnections, MHCStack, StreamStack
 
-RESULT = Path("benchmarks/results/quality-cpu.json")
+RESULT = RESULTS / "quality-cpu.json"
 FIGURE = Path("docs/images/quality.png")
 
 # "hc" of history mixing is the simplex at temperature 1, so it needs no row of its own; what the papers call HC is
@@ -251,10 +252,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, 20 steps, 10 layers: shows that it runs")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="the others stay as they are")
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path, help="default: the recorded result, of a full run")
     options = parser.parse_args()
     seeds, every = (1, 10) if options.quick else (3, 10)
-    record: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {"tasks": {}}
+    output = output_file(options.output, RESULT.name, full=not options.quick)
+    record: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"tasks": {}}
     for name in options.tasks:
         task = TASKS[name]()
         if options.quick:
@@ -276,7 +278,7 @@ def main() -> None:
             "target": task.target,
             "runs": runs,
         }
-        write_json(options.output, record)
+        write_json(output, record)
 
 
 if __name__ == "__main__":

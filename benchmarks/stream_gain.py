@@ -18,13 +18,14 @@ import numpy as np
 import optax
 from flax import nnx
 
+from benchmarks.record import RESULTS, output_file
 from benchmarks.timing import environment, write_json
 from mhc_jax.diagnostics import composite_gain
 from mhc_jax.models import Decoder, DecoderConfig
 from mhc_jax.streams import expand, maps
 
 WIDTH, STREAMS, BATCH, LENGTH, EVERY = 32, 4, 4, 32, 10
-RESULT = Path("benchmarks/results/stream-gain.json")
+RESULT = RESULTS / "stream-gain.json"
 FIGURE = Path("docs/images/stream_gain.png")
 TEXT = np.frombuffer("\n".join(topics[name] for name in sorted(topics)).encode(), np.uint8)
 
@@ -98,8 +99,9 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="10 steps of the smaller network")
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path, help="default: the recorded result, of a full run")
     arguments = parser.parse_args()
+    output = output_file(arguments.output, RESULT.name, full=not arguments.quick)
     names = {"none": "HC", "sinkhorn": "mHC"}
     runs = {}
     for branches in (30,) if arguments.quick else (30, 100):
@@ -108,7 +110,7 @@ def main() -> None:
             runs[name] = train(constraint, branches, 10 if arguments.quick else 150)
             largest, bits = max(runs[name]["largest gain"]), runs[name]["bits per byte"][-1]
             print(f"{name}: largest gain {largest:.3g}, {bits:.3f} bits per byte", flush=True)
-    write_json(arguments.output, {"environment": environment("flax"), "runs": runs})
+    write_json(output, {"environment": environment("flax"), "runs": runs})
 
 
 if __name__ == "__main__":

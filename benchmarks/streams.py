@@ -22,12 +22,14 @@ from torch import nn
 
 import mhc_jax.models as jax_models
 import mhc_torch.models as torch_models
+from benchmarks.record import output_file
 from benchmarks.timing import Spread, environment, interleaved, ratio, write_json
 from mhc_jax.sinkhorn import sinkhorn
 
 VOCABULARY, STREAMS = 256, 4
 Connection = Literal["residual", "history", "streams"]
 Shape = dict[str, int]
+SECONDS = 20.0  # of a full run, for each part
 SHAPE: Shape = {"features": 512, "mlp_features": 1360, "num_heads": 8, "depth": 4, "length": 512}
 QUICK_SHAPE: Shape = {"features": 64, "mlp_features": 168, "num_heads": 2, "depth": 2, "length": 64}
 
@@ -236,17 +238,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="a second for each part, small networks only")
-    parser.add_argument("--seconds", type=float, default=20, help="of measurement for each part")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/streams-cpu.json"))
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of measurement for each part")
+    parser.add_argument("--output", type=Path, help="default: the recorded result, of a full run")
     arguments = parser.parse_args()
     shape, seconds = (QUICK_SHAPE, 1.0) if arguments.quick else (SHAPE, arguments.seconds)
-    record = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    output = output_file(arguments.output, "streams-cpu.json", full=seconds >= SECONDS)
+    record = json.loads(output.read_text()) if output.exists() else {}
     record["environment"] = environment("flax", "torch", "hyper-connections")
     record["shape"] = shape | {"branches": 2 * shape["depth"], "batch": 1, "streams": STREAMS}
     for part in arguments.parts:
         record[part] = PARTS[part](shape, seconds)
         print(part, *(f"  {key}: {value}" for key, value in record[part].items()), sep="\n", flush=True)
-        write_json(arguments.output, record)
+        write_json(output, record)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import quality, stream_gain
+from benchmarks.record import RESULTS
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PLACE = re.compile(r"(<!-- benchmarks: (\w+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 ABSENT = "—"
 HISTORY, STREAMS, FRONT, COMPILED, CALL, CONVERSION = (

@@ -20,12 +20,13 @@ import mhc
 import torch
 from torch import Tensor, nn
 
+from benchmarks.record import output_file
 from benchmarks.timing import Spread, environment, interleaved, ratio, write_json
 from mhc_torch import MHCSequential, native
 
+SECONDS = 40.0  # of a full run, for each size
 DEPTH, QUICK_DEPTH = 50, 10
 SIZES = {"C=64 B=32": (64, 32), "C=256 B=128": (256, 128)}
-RESULTS = Path(__file__).parent / "results"
 
 
 class Residual(nn.Module):
@@ -153,15 +154,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a second for the smaller size, with 10 layers")
-    parser.add_argument("--seconds", type=float, default=40.0, help="for each size")
-    parser.add_argument("--output", type=Path, help="default: the recorded result")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for each size")
+    parser.add_argument("--output", type=Path, help="default: the recorded result, of a full run")
     arguments = parser.parse_args()
+    depth, seconds = (QUICK_DEPTH, 1.0) if arguments.quick else (DEPTH, arguments.seconds)
+    kind = "compiled-cpu" if arguments.compiled else "cpu"
+    output = output_file(arguments.output, f"torch_front-{kind}.json", full=seconds >= SECONDS)
     # glibc hands memory back after every step until a program has freed one large block, as those that read data have.
     torch.empty(31 << 20, dtype=torch.uint8)
     native.build()
-    depth, seconds = (QUICK_DEPTH, 1.0) if arguments.quick else (DEPTH, arguments.seconds)
-    kind = "compiled-cpu" if arguments.compiled else "cpu"
-    output = arguments.output or RESULTS / f"torch_front-{kind}.json"
 
     sizes = {}
     print(f"{'size':<12} {'network':<26} {'ms a step':>26} {'over residual':>24} {'without Adam':>24} {'saved':>7}")

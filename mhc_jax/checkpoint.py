@@ -6,7 +6,14 @@ A checkpoint is never written over another. Save each under its own name and ask
     state = restore(latest("runs/digits"), like=state)
 """
 
+import fcntl
+import hashlib
 import os
+import platform
+import shutil
+import threading
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,16 +21,24 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
+from jax.experimental import multihost_utils
 
 Tree = TypeVar("Tree")
+
+# Two saves of Orbax in threads of one process take each other's signals, and write before their directories are there.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def save(path: str | os.PathLike[str], tree: Any) -> None:
     """Writes the arrays of `tree` to the new directory `path`, and returns when they are on disk.
 
-    The directory appears under its name only when it is complete (Orbax writes beside it and renames), so that an
-    interrupted save leaves nothing that `latest` or `restore` would take for a checkpoint. On several processes,
-    every one must call it with the same path on a shared file system.
+    The directory is written beside, under a name that no other save uses, and gets its own name at once when it is
+    complete. So an interrupted save leaves nothing that `latest` or `restore` would take for a checkpoint, and of
+    several saves to one path, by threads or by programs that know nothing of each other, one succeeds. What a killed
+    save leaves, `<name>.<host>.<token>.saving`, is removed by the next save into that folder on the same host.
+
+    In a program of several processes (`jax.distributed`), every one must call it, from one thread, with the same path
+    on a shared file system.
 
     Args:
         path: a local path that does not exist yet.
@@ -31,9 +46,9 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
             it is a nested dict with the names of the tree, readable with Orbax alone.
 
     Raises:
-        FileExistsError: `path` exists.
+        FileExistsError: `path` exists, or another save to it was faster.
         TypeError: a leaf is not an array; the message gives its name.
-        ValueError: a leaf is empty.
+        ValueError: a leaf is empty, or the processes gave different paths.
 
     Example:
         >>> import tempfile, jax.numpy as jnp
@@ -43,10 +58,17 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
         {'weights': Array([0., 1., 2.], dtype=float32)}
     """
     path = Path(path).absolute()
-    if path.exists():
-        raise FileExistsError(f"path: {path} exists, and a checkpoint is never written over; choose a new name")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, traverse_util.unflatten_dict(_named_leaves(tree), sep="/"))
+    arrays = traverse_util.unflatten_dict(_named_leaves(tree), sep="/")
+    _check_one_path(path)
+    lock = _Lock()
+    with _ONE_AT_A_TIME:
+        try:
+            folder = Path(_on_first_process(lambda: _open_folder(path, lock)))
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(folder / "checkpoint", arrays)
+            _on_first_process(lambda: _publish(folder / "checkpoint", path))
+        finally:
+            lock.remove()
 
 
 def restore(path: str | os.PathLike[str], like: Tree) -> Tree:
@@ -88,6 +110,97 @@ def latest(directory: str | os.PathLike[str]) -> Path:
     if not numbered:
         raise FileNotFoundError(f"directory: no complete checkpoint named by a number in {directory}")
     return max(numbered, key=lambda path: int(path.name))
+
+
+class _Lock:
+    """A folder that is locked, as long as its process lives, by which it is known to be in use."""
+
+    folder: Path | None = None
+    _file = -1
+
+    def take(self, folder: Path) -> bool:
+        """Whether `folder` is there and nobody else has it."""
+        try:
+            file = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between the two calls it may have been taken and removed.
+            if os.path.samestat(os.fstat(file), os.stat(folder)):
+                self.folder, self._file = folder, file
+                return True
+        except OSError:
+            pass
+        os.close(file)
+        return False
+
+    def remove(self) -> None:
+        """Remove the folder, if one was taken, and only then unlock it."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self._file)
+            self.folder = None
+
+
+def _open_folder(path: Path, lock: _Lock) -> str:
+    """A new folder beside `path`, locked; removes those of dead processes."""
+    if path.exists():
+        raise _refusal(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"*.{platform.node()}.*.saving"):
+        dead = _Lock()
+        if dead.take(left):
+            dead.remove()
+    while True:
+        # A name has 255 bytes, a character up to 4.
+        folder = path.parent / f"{path.name[:30]}.{platform.node()}.{uuid.uuid4().hex}.saving"
+        folder.mkdir()
+        if lock.take(folder):
+            return str(folder)
+
+
+def _publish(complete: Path, path: Path) -> str:
+    """Give a checkpoint its name, unless there is one of that name."""
+    try:
+        os.rename(complete, path)
+    except OSError as error:
+        if path.exists():
+            raise _refusal(path) from error
+        raise
+    return ""
+
+
+def _refusal(path: Path) -> FileExistsError:
+    return FileExistsError(f"path: {path} exists, and a checkpoint is never written over; choose a new name")
+
+
+def _check_one_path(path: Path) -> None:
+    if jax.process_count() > 1:
+        digest = np.frombuffer(hashlib.sha256(os.fsencode(path)).digest(), np.uint8)
+        digests = multihost_utils.process_allgather(digest)
+        if (digests != digests[0]).any():
+            raise ValueError(f"path must be the same on every process, got {path} on process {jax.process_index()}")
+
+
+def _on_first_process(action: Callable[[], str]) -> str:
+    """What `action` returns or raises on process 0, returned or raised on every process: none waits for a dead one."""
+    if jax.process_count() == 1:
+        return action()
+    said, error = b"", None
+    if jax.process_index() == 0:
+        try:
+            said = b"+" + action().encode()
+        except OSError as caught:
+            error = caught
+            said = (b"x" if isinstance(caught, FileExistsError) else b"-") + str(caught).encode()[:4000]
+    text = bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(said.ljust(8192, b"\0"), np.uint8)))
+    text = text.rstrip(b"\0")
+    if error is not None:
+        raise error
+    if text[:1] != b"+":
+        raise (FileExistsError if text[:1] == b"x" else OSError)(text[1:].decode(errors="replace"))
+    return text[1:].decode()
 
 
 def _is_complete(path: Path) -> bool:

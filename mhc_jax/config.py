@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal, get_args
 
+from mhc_jax.projections import check_temperature
+
 Mode = Literal["mhc", "hc", "residual"]
 Constraint = Literal["simplex", "identity", "sparse"]
 Init = Literal["identity", "uniform"]
@@ -22,7 +24,7 @@ class MHCConfig:
         constraint: ``"simplex"``, ``"identity"`` (at least ``epsilon`` on the latest state) or ``"sparse"``
             (Euclidean projection on the simplex, with exact zeros).
         epsilon: Least weight of the latest state under ``"identity"``, in [0, 1).
-        temperature: Positive; the logits are divided by it.
+        temperature: Positive, a normal number of float32; the logits are divided by it.
         init: ``"identity"`` starts as a residual connection (logits -10, latest 0), ``"uniform"`` as a mean (zeros).
         detach_history: Whether gradients stop at the mixed states, and flow through the branches only.
         use_gating: Whether a layer scales its mixture by ``sigmoid(gate_logit)``.
@@ -55,8 +57,7 @@ class MHCConfig:
         for name in ("epsilon", "prune_threshold"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
-        if not 0.0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature!r}")
+        check_temperature(self.temperature)
         for name in ("detach_history", "use_gating", "stochastic", "auto_project"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")

@@ -20,7 +20,8 @@ from mhc_jax.checks import expect_finite
 from mhc_jax.config import MHCConfig
 from mhc_jax.history import State
 from mhc_jax.kernels.mixing import mix as kernel_mix
-from mhc_jax.projections import project_identity_preserving, project_simplex, project_sparse_simplex
+from mhc_jax.projections import computed_in, project_identity_preserving, project_simplex, project_sparse_simplex
+from mhc_jax.traced import Traced, trace
 
 Params = Any
 """A pytree of arrays."""
@@ -58,7 +59,7 @@ def mixing_weights(
         raise ValueError(f"logits must hold at least one position, got shape {logits.shape}")
     if isinstance(live, int) and not 1 <= live <= size:
         raise ValueError(f"live must be between 1 and the window size {size}, got {live}")
-    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    dtype = computed_in(logits.dtype)
     if config.mode == "residual":
         return jnp.zeros(logits.shape, dtype).at[..., -1].set(1.0)
     if (gate_logit is not None) != config.use_gating:
@@ -107,6 +108,7 @@ def mix(
     Raises:
         ValueError: If the numbers of weights and states, or the shapes of ``x`` and the states, differ.
     """
+    x = _floating(x)
     like_x: Any = jax.tree.structure(x)
     if like_x != jax.tree.structure(states):
         states = jax.tree.map(lambda *rows: jnp.stack(rows), *states)
@@ -149,7 +151,10 @@ def apply_layers_reference(
 
     For forward-mode derivatives, and to test against: it traces every layer anew, and stores what autodiff asks for.
     """
+    x = _floating(x)
     weights = _stack_weights(params, x, logits, config, gate_logits, mixing_key)
+    if not len(weights):
+        return x
     layers = (params, keys, jnp.arange(len(weights)))
     function, shared = _close(branch, layers, x, policy)
     states = [x]
@@ -202,7 +207,14 @@ def apply_layers(
             ``jacfwd``), for which there is ``apply_layers_reference``. Second derivatives work: reverse over reverse,
             and forward over reverse (``jax.hessian`` is ``jacfwd(jacrev(...))``).
     """
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        # Layer by layer, as one who debugs wants it; a scan would have to stack derivatives that JAX holds to differ.
+        options: Any = {"gate_logits": gate_logits, "keys": keys, "mixing_key": mixing_key, "policy": policy}
+        return apply_layers_reference(branch, params, x, logits, config, **options)
+    x = _floating(x)
     weights = _stack_weights(params, x, logits, config, gate_logits, mixing_key)
+    if not len(weights):
+        return x
     layers = (params, keys, jnp.arange(len(weights)))
     function, shared = _close(branch, layers, x, policy)
     try:
@@ -216,6 +228,18 @@ def apply_layers(
         ) from error
 
 
+def _floating(x: State) -> State:
+    """x as arrays, if they are of numbers that can be summed."""
+
+    def array(path: Any, leaf: Any) -> Array:
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+            raise TypeError(f"x{jax.tree_util.keystr(path)} must be floating-point, got {dtype}: 16 bits at least")
+        return jnp.asarray(leaf, dtype)
+
+    return jax.tree.map_with_path(array, x)
+
+
 def _stack_weights(
     params: Params,
     x: State,
@@ -225,9 +249,6 @@ def _stack_weights(
     mixing_key: Array | None,
 ) -> Float[Array, "L W"]:
     """The weights of all layers, over the ``W = min(L, H)`` positions that are ever live."""
-    for path, leaf in jax.tree.leaves_with_path(x):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(f"x{jax.tree_util.keystr(path)} must be floating-point, got {leaf.dtype}")
     if logits is None:
         if config.mode != "residual":
             raise ValueError(f"logits can be left out in mode 'residual' only, not in mode {config.mode!r}")
@@ -236,25 +257,26 @@ def _stack_weights(
             raise ValueError("params must hold at least one array when there are no logits to tell the depth")
         depth = leaves[0].shape[0]
         logits = jnp.zeros((depth, 1))
-    elif logits.ndim != 2 or logits.shape[-1] != config.max_history:
+    elif jnp.ndim(logits) != 2 or logits.shape[-1] != config.max_history:
         raise ValueError(f"logits must have shape (L, max_history={config.max_history}), got {logits.shape}")
     depth, size = logits.shape
     expect_finite(x, "x")
-    expect_finite(logits, "logits of layer {layer}", layer=jnp.argmin(jnp.isfinite(logits).all(axis=-1)))
+    if depth:
+        expect_finite(logits, "logits of layer {layer}", layer=jnp.argmin(jnp.isfinite(logits).all(axis=-1)))
     for path, leaf in jax.tree.leaves_with_path(params):
         if jnp.shape(leaf)[:1] != (depth,):
             raise ValueError(
                 f"params{jax.tree_util.keystr(path)} must have a leading axis of {depth}, one for each row of logits, "
                 f"got shape {jnp.shape(leaf)}"
             )
-    width = min(depth, size)
+    width = max(min(depth, size), 1)
     live = jnp.minimum(jnp.arange(depth) + 1, width)
     return mixing_weights(logits[:, size - width :], config, live=live, gate_logit=gate_logits, key=mixing_key)
 
 
 def _close(
     branch: Callable[..., State], layers: Any, x: State, policy: Callable[..., bool] | None
-) -> tuple[Callable[[list[Array], Any, State], State], list[Array]]:
+) -> tuple[Traced, list[Array]]:
     """The branch as ``function(shared, (params_l, key_l, l), x)``, with all that it closed over made explicit.
 
     A custom derivative sees its arguments only; and of what it sees as an argument, nothing is stored for every layer.
@@ -274,14 +296,7 @@ def _close(
     if policy is not None:
         call = jax.checkpoint(call, policy=policy, prevent_cse=False)
     first = jax.eval_shape(lambda layers: jax.tree.map(lambda leaf: leaf[0], layers), layers)
-    jaxpr = jax.make_jaxpr(call)(first, x)
-
-    def function(shared: list[Array], layer: tuple[Params, Array | None], x: State) -> State:
-        return jax.tree.unflatten(
-            jax.tree.structure(x), jax.core.eval_jaxpr(jaxpr.jaxpr, shared, *jax.tree.leaves((layer, x)))
-        )
-
-    return function, jaxpr.consts
+    return trace(call, first, x, source=(branch, policy))
 
 
 # The tape. Slot l holds x_l. On the way back, with G_l = dL/dx_l,
@@ -302,11 +317,16 @@ _WIDEST_RING = 8
 class _Stack:
     """The static part of a stack of layers."""
 
-    function: Callable[[list[Array], Any, State], State]
+    function: Traced
     detach_history: bool
 
 
+# Compiled, so that a call outside jit finds what an earlier one compiled; inside, the operations stand as they are.
+_compiled = partial(jax.jit, static_argnums=0, inline=True)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
+@_compiled
 def _layers(stack: _Stack, shared: list[Array], layers: Any, x: State, weights: Array) -> State:
     # With no backward pass to come, the states go round in a ring as wide as the window.
     depth, width = weights.shape
@@ -324,6 +344,7 @@ def _layers(stack: _Stack, shared: list[Array], layers: Any, x: State, weights: 
     return x
 
 
+@_compiled
 def _layers_fwd(stack: _Stack, shared: list[Array], layers: Any, x: State, weights: Array) -> tuple[State, Any]:
     depth, width = weights.shape
     layer = np.arange(depth)[:, None]
@@ -335,6 +356,8 @@ def _layers_fwd(stack: _Stack, shared: list[Array], layers: Any, x: State, weigh
         y, pullback = jax.vjp(stack.function, shared, params, x)
         tape = _write(tape, index, x)
         window = _read(tape, lax.max(index - width + 1, 0), width)
+        if stack.detach_history:  # of use when this pass is itself differentiated
+            window = lax.stop_gradient(window)
         return (tape, _weighted_sum(y, window, row)), _without(pullback, (shared, params, x))
 
     scanned = (jnp.arange(depth), layers, _band(weights, layer, held))
@@ -342,6 +365,7 @@ def _layers_fwd(stack: _Stack, shared: list[Array], layers: Any, x: State, weigh
     return x, (tape, pullbacks, shared, layers, weights)
 
 
+@_compiled
 def _layers_bwd(stack: _Stack, residuals: Any, g: State) -> tuple[Any, Any, State, Array]:
     tape, pullbacks, shared, layers, weights = residuals
     depth, width = weights.shape
@@ -352,14 +376,19 @@ def _layers_bwd(stack: _Stack, residuals: Any, g: State) -> tuple[Any, Any, Stat
 
     def body(carry: tuple[State, State, State, Any], scanned: Any) -> tuple[tuple[State, State, State, Any], Any]:
         cotangents, carried, g, d_shared = carry
-        index, params, pullback, column, scanned_x = scanned
+        index, params, pullback, column, live, scanned_x = scanned
         x = scanned_x if ring else carried
         d_shared_here, d_params, dx = _with(pullback, (shared, params, _like(g, x)))(g)
         cotangents = _write(cotangents, index % width if ring else index, _flat(g))
         start = 0 if ring else lax.min(index, depth - width)
-        d_column = _inner_products(cotangents, start, width, x, weights.dtype)
+        past = lax.stop_gradient(x) if stack.detach_history else x
+        d_column = _inner_products(cotangents, start, width, past, weights.dtype)
         if not stack.detach_history:
-            dx = _like(g, _weighted_sum(_flat(dx), _read(cotangents, start, width), column))
+            rows = _read(cotangents, start, width)
+            if not ring:
+                # Some slots still hold states. Weight 0 would not do: times an infinite state it is NaN.
+                rows = [_where(alive, row) for alive, row in zip(live, rows, strict=True)]
+            dx = _like(g, _weighted_sum(_flat(dx), rows, column))
         d_shared = jax.tree.map(jnp.add, d_shared, _real(d_shared_here))
         if not ring:
             # The next state is taken from the tape as it is now: a read of an older one would cost a copy of it all.
@@ -368,7 +397,8 @@ def _layers_bwd(stack: _Stack, residuals: Any, g: State) -> tuple[Any, Any, Stat
 
     d_shared = [jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else None for leaf in shared]
     tape = jax.tree.map(lambda rows: rows.reshape(depth, -1), tape)
-    scanned = (jnp.arange(depth), layers, pullbacks, _band(weights, held, k), tape if ring else None)
+    live = None if ring else jnp.asarray(held >= k)
+    scanned = (jnp.arange(depth), layers, pullbacks, _band(weights, held, k), live, tape if ring else None)
     cotangents, last = (_empty(_flat(g), width), None) if ring else (tape, _read(tape, depth - 1, 1)[0])
     start = (cotangents, last, g, d_shared)
     (_, _, g, d_shared), (d_layers, d_columns) = lax.scan(body, start, scanned, reverse=True)
@@ -389,8 +419,13 @@ def _band(weights: Float[Array, "L W"], j: np.ndarray, k: np.ndarray) -> Float[A
 
 
 def _empty(x: State, slots: int) -> State:
-    # Slots not yet written have weight 0, so any value will do; that of x varies over the same mesh axes as x.
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (slots, *leaf.shape)), x)
+    # Slots not yet written have weight 0, and hold 0 too, for x may be infinite; but vary over the mesh axes of x.
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(_where(False, leaf), (slots, *leaf.shape)), x)
+
+
+def _where(condition: bool | Array, x: State) -> State:
+    """x, or 0 in its place."""
+    return jax.tree.map(lambda leaf: jnp.where(condition, leaf, jnp.zeros((), leaf.dtype)), x)
 
 
 def _write(tape: State, slot: Array, x: State) -> State:

@@ -3,7 +3,7 @@
 Every projection computes in float32, or in float64 for float64 logits, and returns that dtype.
 """
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,9 @@ def project_doubly_stochastic(
         raise ValueError(f"last must be 'columns' or 'rows', got {last!r}")
     if tolerance is not None and not tolerance > 0.0:
         raise ValueError(f"tolerance must be positive or None, got {tolerance!r}")
-    z = _scaled(logits, temperature)
+    if not logits.shape[-1]:
+        raise ValueError(f"logits must hold at least one row, got shape {logits.shape}")
+    z = _scaled(logits, temperature, axis=(-2, -1))
     # log_sinkhorn normalizes columns (axis -2) last.
     weights = log_sinkhorn(z if last == "columns" else z.mT, iterations, tolerance)
     residual = lax.stop_gradient(jnp.max(jnp.abs(weights.sum(axis=-1) - 1.0), axis=-1))
@@ -130,7 +132,20 @@ def project_doubly_stochastic(
     return (weights, residual) if return_residual else weights
 
 
-def _scaled(logits: Array, temperature: float) -> Array:
-    if not 0.0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+def computed_in(dtype: Any) -> Any:
+    """The dtype that weights from logits of `dtype` are computed in."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises a ValueError for what float32 cannot divide by: below its smallest normal number it may hold 0."""
+    least = float(jnp.finfo(jnp.float32).tiny)
+    if not least <= temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, {least:.2g} at least, got {temperature!r}")
+
+
+def _scaled(logits: Array, temperature: float, axis: int | tuple[int, int] = -1) -> Array:
+    check_temperature(temperature)
+    logits = logits.astype(computed_in(logits.dtype))
+    # Weights do not change when all logits move together. The largest at 0, what overflows is minus infinity.
+    return (logits - lax.stop_gradient(logits.max(axis=axis, keepdims=True))) / temperature

@@ -40,7 +40,19 @@ def sinkhorn(
     Returns:
         Matrices of the same shape: rows sum to 1 exactly (up to rounding), columns as far as the iterations go.
     """
+    return forward(logits, iterations=iterations, epsilon=epsilon)
+
+
+@partial(jax.jit, static_argnames=("iterations", "epsilon"), inline=True)
+def forward(logits: Array, *, iterations: int, epsilon: float) -> Array:
+    """The operations of `sinkhorn`, with the derivatives of both modes that JAX finds."""
     return _over_chunks(partial(_forward, iterations=iterations, epsilon=epsilon), logits)
+
+
+@partial(jax.jit, static_argnames=("iterations", "epsilon"), inline=True)
+def backward(logits: Array, cotangent: Array, *, iterations: int, epsilon: float) -> Array:
+    """The derivative of `sinkhorn`: the gradient of its logits from that of its result."""
+    return _over_chunks(partial(_backward, iterations=iterations, epsilon=epsilon), logits, cotangent)
 
 
 def _over_chunks(function: Callable[..., Array], *matrices: Array) -> Array:
@@ -109,11 +121,12 @@ def _backward(logits: Array, cotangent: Array, *, iterations: int, epsilon: floa
 
 
 def _sinkhorn_fwd(logits: Array, iterations: int, epsilon: float) -> tuple[Array, Array]:
-    return sinkhorn(logits, iterations, epsilon), logits
+    # Not `sinkhorn`, whose derivative is reverse only: a Hessian takes the forward-mode derivative of this.
+    return forward(logits, iterations=iterations, epsilon=epsilon), logits
 
 
 def _sinkhorn_bwd(iterations: int, epsilon: float, logits: Array, cotangent: Array) -> tuple[Array]:
-    return (_over_chunks(partial(_backward, iterations=iterations, epsilon=epsilon), logits, cotangent),)
+    return (backward(logits, cotangent, iterations=iterations, epsilon=epsilon),)
 
 
 sinkhorn.defvjp(_sinkhorn_fwd, _sinkhorn_bwd)
@@ -154,13 +167,16 @@ def _log_steps(z: Array, v: Array, steps: int | Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _repeated(z: Array, iterations: int) -> Array:
-    return _log_last_step(z, _log_steps(z, jnp.zeros_like(z[..., 0, :]), iterations - 1))
+    return _repeated_fwd(z, iterations)[0]
 
 
+# Without `_repeated`, as in `_sinkhorn_fwd`.
+@partial(jax.jit, static_argnums=1, inline=True)
 def _repeated_fwd(z: Array, iterations: int) -> tuple[Array, Array]:
-    return _repeated(z, iterations), z
+    return _log_last_step(z, _log_steps(z, jnp.zeros_like(z[..., 0, :]), iterations - 1)), z
 
 
+@partial(jax.jit, static_argnums=0, inline=True)
 def _repeated_bwd(iterations: int, z: Array, g: Array) -> tuple[Array]:
     """Walks the iterations backwards, finding each v again from the nearest of a fixed number of checkpoints."""
     stride = -(-iterations // _CHECKPOINTS)
@@ -185,6 +201,7 @@ _repeated.defvjp(_repeated_fwd, _repeated_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _converged(z: Array, iterations: int, tolerance: float) -> Array:
     def unfinished(carry: tuple[Array, Array, Array]) -> Array:
         count, v, v_next = carry
@@ -205,6 +222,7 @@ def _converged_fwd(z: Array, iterations: int, tolerance: float) -> tuple[Array, 
     return weights, weights
 
 
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _converged_bwd(iterations: int, tolerance: float, p: Array, g: Array) -> tuple[Array]:
     """At the fixed point ``dz = P * (g - a_i - b_j)``, with a, b such that its rows and columns sum to 0.
 

@@ -26,12 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from mhc_jax import norm
 from mhc_jax.kernels import sinkhorn as sinkhorn_kernels
 from mhc_jax.kernels import stream_read as read_kernels
 from mhc_jax.kernels import streams as write_kernels
+from mhc_jax.kernels.choice import Implementation, implemented
 from mhc_jax.sinkhorn import sinkhorn
-
-Implementation = Literal["xla", "pallas"] | None
+from mhc_jax.traced import Traced, trace
 
 MAX_STREAMS = 16
 _MAX_PERMUTED = 6  # 6! = 720 logits a token; 7! = 5040 would outgrow the streams themselves
@@ -190,36 +191,40 @@ def maps(params: StreamParams, streams: Float[Array, "*tokens n C"], config: Str
         static = _maps_from_logits(params.bias.astype(dtype), config)
         return Maps(*(jnp.broadcast_to(m, lead + m.shape) for m in static))
     raw, inverse_rms = _project(params.phi, streams, config)
-    return _maps_from_raw(raw, inverse_rms, params.alpha, params.bias, config)
+    return _maps_from_normalized(raw * inverse_rms, params.alpha, params.bias, config)
 
 
 def _project(
     phi: Array, streams: Array, config: StreamConfig, implementation: Implementation = None
 ) -> tuple[Array, Array]:
     """vec(X) phi, and 1 / rms(vec X): normalizing after the projection spares a normalized copy of the streams."""
-    dtype = jnp.promote_types(streams.dtype, jnp.float32)
-    if implementation == "pallas":
-        raw, squares = read_kernels.project(streams, phi.astype(dtype))
-        return raw, jax.lax.rsqrt(squares / phi.shape[0] + config.norm_epsilon)
-    flat = streams.reshape(*streams.shape[:-2], -1).astype(dtype)
-    inverse_rms = jax.lax.rsqrt(jnp.mean(flat * flat, axis=-1, keepdims=True) + config.norm_epsilon)
-    return jnp.matmul(flat, phi.astype(dtype)), inverse_rms
+    phi = phi.astype(jnp.promote_types(streams.dtype, jnp.float32))
+    project = implemented(implementation, read_kernels.project, _project_by_xla)
+    return project(streams, phi, epsilon=config.norm_epsilon)
 
 
-def _maps_from_raw(
-    raw: Array,
-    inverse_rms: Array,
+def _flat(streams: Array, dtype: Any) -> Array:
+    *tokens, n, width = streams.shape
+    return streams.reshape(*tokens, n * width).astype(dtype)
+
+
+def _project_by_xla(streams: Array, phi: Array, *, epsilon: float) -> tuple[Array, Array]:
+    flat = _flat(streams, phi.dtype)
+    return jnp.matmul(flat, phi), norm.inverse_rms(flat, epsilon)
+
+
+def _maps_from_normalized(
+    normalized: Array,
     alpha: Array,
     bias: Array,
     config: StreamConfig,
     implementation: Implementation = None,
 ) -> Maps:
     sizes = np.array([config.streams, config.streams, config.residual_logits])
-    gates = jnp.repeat(alpha.astype(raw.dtype), sizes, total_repeat_length=config.logits)
-    normalized = raw * inverse_rms
+    gates = jnp.repeat(alpha.astype(normalized.dtype), sizes, total_repeat_length=config.logits)
     if config.constraint == "none":
-        return _maps_from_logits(gates * jnp.tanh(normalized) + bias.astype(raw.dtype), config)
-    return _maps_from_logits(gates * normalized + bias.astype(raw.dtype), config, implementation)
+        return _maps_from_logits(gates * jnp.tanh(normalized) + bias.astype(normalized.dtype), config)
+    return _maps_from_logits(gates * normalized + bias.astype(normalized.dtype), config, implementation)
 
 
 def _maps_from_logits(logits: Array, config: StreamConfig, implementation: Implementation = None) -> Maps:
@@ -285,23 +290,33 @@ def read(
 
 
 def _collapse(pre: Array, streams: Array, implementation: Implementation = None) -> Array:
-    if implementation == "pallas":
-        return read_kernels.collapse(pre, streams)
+    return implemented(implementation, read_kernels.collapse, _collapse_by_xla)(pre, streams)
+
+
+def _collapse_by_xla(pre: Array, streams: Array) -> Array:
     return jnp.einsum("...n,...nc->...c", pre, streams.astype(pre.dtype)).astype(streams.dtype)
+
+
+def _collapse_weights_by_xla(d_input: Array, streams: Array, *, dtype: Any) -> Array:
+    return jnp.einsum("...c,...nc->...n", d_input.astype(dtype), streams.astype(dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _read(
     phi: Array, alpha: Array, bias: Array, streams: Array, config: StreamConfig, implementation: Implementation
 ) -> tuple[Array, Array, Array]:
-    return _read_fwd(phi, alpha, bias, streams, config, implementation)[0]
+    raw, inverse_rms = _project(phi, streams, config, implementation)
+    pre, post, res = _maps_from_normalized(raw * inverse_rms, alpha, bias, config, implementation)
+    return _collapse(pre, streams, implementation), post, res
 
 
 def _read_fwd(
     phi: Array, alpha: Array, bias: Array, streams: Array, config: StreamConfig, implementation: Implementation
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
     raw, inverse_rms = _project(phi, streams, config, implementation)
-    pre, post, res = _maps_from_raw(raw, inverse_rms, alpha, bias, config, implementation)
+    # By `jax.vjp`, which puts the forward pass of `sinkhorn` in its place: a Hessian needs derivatives of both modes.
+    maps_of = partial(_maps_from_normalized, config=config, implementation=implementation)
+    (pre, post, res), _ = jax.vjp(maps_of, raw * inverse_rms, alpha, bias)
     return (_collapse(pre, streams, implementation), post, res), (phi, alpha, bias, streams, raw, inverse_rms)
 
 
@@ -314,25 +329,31 @@ def _read_bwd(
     phi, alpha, bias, streams, raw, inverse_rms = saved
     d_input, d_post, d_res = cotangents
     dtype = raw.dtype
-    maps_again = partial(_maps_from_raw, config=config, implementation=implementation)
-    (pre, _, _), pullback = jax.vjp(maps_again, raw, inverse_rms, alpha, bias)
-    if implementation == "pallas":
-        d_pre = read_kernels.collapse_weights(d_input, streams, dtype)
-    else:
-        d_pre = jnp.einsum("...c,...nc->...n", d_input.astype(dtype), streams.astype(dtype))
-    d_raw, d_inverse_rms, d_alpha, d_bias = pullback(Maps(d_pre, d_post, d_res))
-    radial = -d_inverse_rms * inverse_rms**3 / phi.shape[0]
-    if implementation == "pallas":
-        d_streams, d_phi = read_kernels.backward(streams, phi.astype(dtype), pre, d_input, d_raw, radial)
-        return d_phi.astype(phi.dtype), d_alpha, d_bias, d_streams
+    normalized = raw * inverse_rms
+    maps_again = partial(_maps_from_normalized, config=config, implementation=implementation)
+    (pre, _, _), pullback = jax.vjp(maps_again, normalized, alpha, bias)
+    weights = implemented(implementation, read_kernels.collapse_weights, _collapse_weights_by_xla)
+    d_pre = weights(d_input, streams, dtype=dtype)
+    d_normalized, d_alpha, d_bias = pullback(Maps(d_pre, d_post, d_res))
+    # Through 1 / rms, vec(X) gets radial * (vec(X) / rms). No factor here is the square of a stream, or of 1 / rms.
+    d_raw = d_normalized * inverse_rms
+    radial = -jnp.sum(d_normalized * normalized, axis=-1, keepdims=True) * inverse_rms / phi.shape[0]
+    backward = implemented(implementation, read_kernels.backward, _backward_by_xla)
+    d_streams, d_phi = backward(streams, phi.astype(dtype), pre, d_input, d_raw, radial, inverse_rms)
+    return d_phi.astype(phi.dtype), d_alpha, d_bias, d_streams
 
-    flat = streams.astype(dtype).reshape(*streams.shape[:-2], -1)
-    tokens = tuple(range(raw.ndim - 1))
+
+def _backward_by_xla(
+    streams: Array, phi: Array, pre: Array, d_input: Array, d_raw: Array, radial: Array, inverse_rms: Array
+) -> tuple[Array, Array]:
+    dtype = phi.dtype
+    flat = _flat(streams, dtype)
+    tokens = tuple(range(d_raw.ndim - 1))
     # Transposed on the way: the tall result (nC, m) directly is the slow side of a CPU's matrix product.
     d_phi = jnp.tensordot(d_raw, flat, (tokens, tokens)).T
-    d_flat = jnp.matmul(d_raw, phi.astype(dtype).T) + radial * flat
+    d_flat = jnp.matmul(d_raw, phi.T) + radial * (flat * inverse_rms)
     d_streams = d_flat.reshape(streams.shape) + pre[..., None] * d_input.astype(dtype)[..., None, :]
-    return d_phi.astype(phi.dtype), d_alpha, d_bias, d_streams.astype(streams.dtype)
+    return d_streams.astype(streams.dtype), d_phi
 
 
 _read.defvjp(_read_fwd, _read_bwd)
@@ -366,8 +387,10 @@ def write(
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _write(streams: Array, output: Array, post: Array, res: Array, implementation: Implementation) -> Array:
-    if implementation == "pallas":
-        return write_kernels.write(streams, output, post, res)
+    return implemented(implementation, write_kernels.write, _write_by_xla)(streams, output, post, res)
+
+
+def _merged(streams: Array, output: Array, post: Array, res: Array) -> Array:
     old, new = streams.astype(res.dtype), output.astype(res.dtype)
     # A sum over streams rather than a product of tiny matrices: it fuses into one pass over the streams.
     mixed = post[..., None] * new[..., None, :]
@@ -376,16 +399,25 @@ def _write(streams: Array, output: Array, post: Array, res: Array, implementatio
     return mixed.astype(streams.dtype)
 
 
+# One piece to the policy of `apply_layers`, which would keep the products inside, whose factors are not streams.
+_write_by_xla = jax.custom_jvp(_merged)
+_write_by_xla.defjvp(lambda primals, tangents: jax.jvp(_merged, primals, tangents))
+
+
 def _write_fwd(
     streams: Array, output: Array, post: Array, res: Array, implementation: Implementation
 ) -> tuple[Array, tuple[Array, ...]]:
-    return _write(streams, output, post, res, implementation), (streams, output, post, res)
+    merged = implemented(implementation, write_kernels.write, _write_by_xla)(streams, output, post, res)
+    return merged, (streams, output, post, res)
 
 
 def _write_bwd(implementation: Implementation, saved: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
-    streams, output, post, res = saved
-    if implementation == "pallas":
-        return write_kernels.write_backward(cotangent, streams, output, post, res)
+    return implemented(implementation, write_kernels.write_backward, _write_backward_by_xla)(cotangent, *saved)
+
+
+def _write_backward_by_xla(
+    cotangent: Array, streams: Array, output: Array, post: Array, res: Array
+) -> tuple[Array, ...]:
     d = cotangent.astype(res.dtype)
     d_streams = jnp.zeros_like(d)
     for i in range(res.shape[-1]):
@@ -438,12 +470,32 @@ def apply_layers(
 
     Source: arXiv 2512.24880, section 4.3.2.
     """
-    depth = jax.tree.leaves(params)[0].shape[0]
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(params)}
+    if len(lengths) != 1 or () in lengths:
+        shapes = jax.tree.map(jnp.shape, params)
+        raise ValueError(f"params must hold arrays with one leading axis, the depth, got shapes {shapes}")
+    ((depth,),) = lengths
     if block_length < 1 or depth % block_length:
         raise ValueError(f"block_length must divide the depth {depth}, got {block_length}")
+    if depth == 0:
+        return streams
+    first = jax.eval_shape(lambda params: jax.tree.map(lambda leaf: leaf[0], params), params)
+    function, shared = trace(layer, first, streams)
+    return _scan(function, block_length, policy, shared, params, streams)
 
+
+# Compiled, so that a call outside jit finds what an earlier one compiled; not inline, so that its derivative does too.
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _scan(
+    function: Traced,
+    block_length: int,
+    policy: Callable[..., bool] | None,
+    shared: list[Array],
+    params: Any,
+    streams: Array,
+) -> Array:
     def step(streams: Array, params: Any) -> tuple[Array, None]:
-        return layer(params, streams), None
+        return function(shared, params, streams), None
 
     if block_length == 1:
         if policy is not None:
@@ -518,8 +570,8 @@ def _check(params: StreamParams, streams: Array, config: StreamConfig) -> None:
 
 
 def _check_streams(phi: Array | None, streams: Array, config: StreamConfig, columns: int) -> None:
-    if not jnp.issubdtype(streams.dtype, jnp.floating):
-        raise TypeError(f"streams must have a floating dtype, got {streams.dtype}")
+    if not jnp.issubdtype(streams.dtype, jnp.floating) or streams.dtype.itemsize < 2:
+        raise TypeError(f"streams must have a floating dtype, got {streams.dtype}: 16 bits at least")
     if streams.ndim < 2 or streams.shape[-2] != config.streams:
         raise ValueError(
             f"streams must have shape (..., {config.streams}, width), got {streams.shape}; "

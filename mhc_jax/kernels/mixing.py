@@ -14,6 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
+from mhc_jax.kernels.choice import implemented
+
 LANES = 128
 # Rows of 128 lanes that one program of the grid works on. A GPU holds them in registers, a TPU in its vector memory,
 # where window and output together must stay within a few megabytes.
@@ -27,19 +29,40 @@ def mix(x: Float[Array, "*S"], states: Float[Array, "K *S"], weights: Float[Arra
 
     Lowers to Mosaic for TPU and to Triton for CUDA and ROCm; on any other platform it is interpreted, for tests.
     """
-    return _on_every_platform(_forward, x, states, weights)
+    return _mix_fwd(x, states, weights)[0]
 
 
 def _mix_fwd(x: Array, states: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
-    return mix(x, states, weights), (states, weights)
+    forward = implemented("pallas", _forward_kernel, _forward_by_xla)
+    return forward(x, states, weights), (states, weights)
 
 
 def _mix_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
-    d_states, d_weights = _on_every_platform(_backward, g, *residuals)
+    backward = implemented("pallas", _backward_kernel, _backward_by_xla)
+    d_states, d_weights = backward(g, *residuals)
     return g, d_states, d_weights
 
 
+def _forward_by_xla(x: Array, states: Array, weights: Array) -> Array:
+    wide = weights.dtype
+    return (x.astype(wide) + jnp.tensordot(weights, states.astype(wide), 1)).astype(x.dtype)
+
+
+def _backward_by_xla(g: Array, states: Array, weights: Array) -> tuple[Array, Array]:
+    wide = weights.dtype
+    d_states = jnp.tensordot(weights, g.astype(wide), 0).astype(states.dtype)
+    return d_states, jnp.tensordot(states.astype(wide), g.astype(wide), g.ndim)
+
+
 mix.defvjp(_mix_fwd, _mix_bwd)
+
+
+def _forward_kernel(x: Array, states: Array, weights: Array) -> Array:
+    return _on_every_platform(_forward, x, states, weights)
+
+
+def _backward_kernel(g: Array, states: Array, weights: Array) -> tuple[Array, Array]:
+    return _on_every_platform(_backward, g, states, weights)
 
 
 def _on_every_platform(function: Any, *arguments: Array) -> Any:

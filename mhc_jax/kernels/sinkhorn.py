@@ -11,7 +11,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from mhc_jax import sinkhorn as xla
 from mhc_jax.kernels.blocks import LANES, on_every_platform
+from mhc_jax.kernels.choice import implemented
 
 # Rows of 128 matrices that one program works on. Element [i, j] of all of them is one vector: a thread's register on a
 # GPU, a whole vector register on a TPU. A sum over rows or columns is a sum of vectors, and no lane waits for another.
@@ -24,18 +26,28 @@ Matrix = tuple[tuple[Array, ...], ...]
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def sinkhorn(logits: Float[Array, "*batch n n"], iterations: int, epsilon: float) -> Float[Array, "*batch n n"]:
     """`mhc_jax.sinkhorn.sinkhorn`. Backward finds every iterate again from the first: nothing but logits is kept."""
-    return _call(partial(_forward, iterations=iterations, epsilon=epsilon), logits)
+    return _sinkhorn_fwd(logits, iterations, epsilon)[0]
 
 
 def _sinkhorn_fwd(logits: Array, iterations: int, epsilon: float) -> tuple[Array, Array]:
-    return sinkhorn(logits, iterations, epsilon), logits
+    forward = implemented("pallas", _forward_kernel, xla.forward)
+    return forward(logits, iterations=iterations, epsilon=epsilon), logits
 
 
 def _sinkhorn_bwd(iterations: int, epsilon: float, logits: Array, cotangent: Array) -> tuple[Array]:
-    return (_call(partial(_backward, iterations=iterations, epsilon=epsilon), logits, cotangent),)
+    backward = implemented("pallas", _backward_kernel, xla.backward)
+    return (backward(logits, cotangent, iterations=iterations, epsilon=epsilon),)
 
 
 sinkhorn.defvjp(_sinkhorn_fwd, _sinkhorn_bwd)
+
+
+def _forward_kernel(logits: Array, *, iterations: int, epsilon: float) -> Array:
+    return _call(partial(_forward, iterations=iterations, epsilon=epsilon), logits)
+
+
+def _backward_kernel(logits: Array, cotangent: Array, *, iterations: int, epsilon: float) -> Array:
+    return _call(partial(_backward, iterations=iterations, epsilon=epsilon), logits, cotangent)
 
 
 def _call(function: Callable[..., Matrix], *arguments: Array) -> Array:

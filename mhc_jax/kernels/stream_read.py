@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from mhc_jax import norm
 from mhc_jax.kernels.blocks import GPU_BLOCK, LANES, TPU_BLOCK, common, filled, on_every_platform, rows, specs
 
 
@@ -30,12 +31,13 @@ TPU_PROJECT, TPU_BACKWARD = Products(128, (128, 512), 1), Products(128, (128, 51
 
 
 def project(
-    streams: Float[Array, "*tokens n C"], phi: Float[Array, "nC m"]
+    streams: Float[Array, "*tokens n C"], phi: Float[Array, "nC m"], epsilon: float
 ) -> tuple[Float[Array, "*tokens m"], Float[Array, "*tokens 1"]]:
-    """vec(X) phi, and the sum of the squares of vec(X), in the dtype of `phi`."""
+    """vec(X) phi, and 1 / sqrt(mean(vec(X)^2) + epsilon), in the dtype of `phi`."""
     arguments = rows(streams, 2), phi
     raw, squares = on_every_platform(_project, *arguments, tpu=TPU_PROJECT, gpu=GPU_PROJECT)
-    return raw.reshape(*streams.shape[:-2], -1), squares.reshape(*streams.shape[:-2], 1)
+    inverse = norm.inverse_rms_of_squares(squares, phi.shape[0], epsilon)
+    return raw.reshape(*streams.shape[:-2], -1), inverse.reshape(*streams.shape[:-2], 1)
 
 
 def collapse(pre: Float[Array, "*tokens n"], streams: Float[Array, "*tokens n C"]) -> Float[Array, "*tokens C"]:
@@ -60,9 +62,11 @@ def backward(
     d_input: Float[Array, "*tokens C"],
     d_raw: Float[Array, "*tokens m"],
     radial: Float[Array, "*tokens 1"],
+    inverse_rms: Float[Array, "*tokens 1"],
 ) -> tuple[Float[Array, "*tokens n C"], Float[Array, "nC m"]]:
-    """d_raw phi^T + radial vec(X) + pre d_input, the derivative of the streams, and vec(X)^T d_raw, that of phi."""
-    arguments = rows(streams, 2), phi, *(rows(array, 1) for array in (pre, d_input, d_raw, radial))
+    """The derivative of the streams, d_raw phi^T + radial (vec(X) inverse_rms) + pre d_input, and that of phi,
+    vec(X)^T d_raw."""
+    arguments = rows(streams, 2), phi, *(rows(array, 1) for array in (pre, d_input, d_raw, radial, inverse_rms))
     d_streams, d_phi = on_every_platform(_backward, *arguments, tpu=TPU_BACKWARD, gpu=GPU_BACKWARD)
     return d_streams.reshape(streams.shape), d_phi
 
@@ -70,8 +74,8 @@ def backward(
 def _tiles(n: int, phi: Array, block: Products) -> tuple[Array, int]:
     """phi^T by streams, (n, height, C), filled up to whole blocks, and the features of a block."""
     columns = phi.shape[1]
-    # Products on a GPU are of powers of 2, at least 16; one row is left for the sum of squares.
-    height = max(16, pl.next_power_of_2(columns + 1))
+    # Products on a GPU are of powers of 2, at least 16; three rows are left for the sums of squares.
+    height = max(16, pl.next_power_of_2(columns + 3))
     least, most = block.features
     features = max(least, min(most, 32 * most // height))
     tiles = phi.reshape(n, -1, columns).transpose(0, 2, 1)
@@ -91,19 +95,22 @@ def _project(streams: Array, phi: Array, *, block: Products, options: dict[str, 
     span = common(streams.shape[2], features, features * block.steps)
 
     def kernel(streams_ref: Any, phi_ref: Any, part_ref: Any) -> None:
-        def step(k: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        def step(k: Array, sums: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
             at = pl.ds(pl.multiple_of(k * features, features), features)
             raw, squares = sums
             for j in range(n):
                 x = streams_ref[:, j, at].astype(phi.dtype)
                 raw += _product(x, phi_ref[j, :, at], (1, 1))
-                squares += jnp.sum(x * x, axis=1, keepdims=True)
+                scaled = [x * scale for scale in norm.scales(phi.dtype)]
+                squares = [s + jnp.sum(y * y, axis=1, keepdims=True) for s, y in zip(squares, scaled, strict=True)]
             return raw, squares
 
-        start = jnp.zeros((block.tokens, height), phi.dtype), jnp.zeros((block.tokens, 1), phi.dtype)
+        start = jnp.zeros((block.tokens, height), phi.dtype), [jnp.zeros((block.tokens, 1), phi.dtype)] * 3
         raw, squares = lax.fori_loop(0, span // features, step, start)
         column = lax.broadcasted_iota(jnp.int32, raw.shape, 1)
-        part_ref[0] = jnp.where(column == m, squares, raw)
+        for i, total in enumerate(squares):
+            raw = jnp.where(column == m + i, total, raw)
+        part_ref[0] = raw
 
     grid = streams.shape[0] // block.tokens, streams.shape[2] // span
     wide, _, _ = specs(n, height, (block.tokens, span))
@@ -116,7 +123,7 @@ def _project(streams: Array, phi: Array, *, block: Products, options: dict[str, 
         **options,
     )(streams, tiles)
     sums = parts.sum(axis=0)[:tokens]
-    return sums[:, :m], sums[:, m : m + 1]
+    return sums[:, :m], sums[:, m : m + 3]
 
 
 def _collapse(pre: Array, streams: Array, *, block: tuple[int, int], options: dict[str, Any]) -> Array:
@@ -175,6 +182,7 @@ def _backward(
     d_input: Array,
     d_raw: Array,
     radial: Array,
+    inverse_rms: Array,
     *,
     block: Products,
     options: dict[str, Any],
@@ -186,8 +194,8 @@ def _backward(
     many = common(tokens, block.tokens, block.tokens * block.steps)
     streams, d_input = filled(streams, (many, features)), filled(d_input, (many, features))
     d_raw = filled(d_raw, (many, height))
-    table = jnp.concatenate([pre, radial], axis=1)
-    table = filled(table, (many, pl.next_power_of_2(n + 1)))
+    table = jnp.concatenate([pre, radial, inverse_rms], axis=1)
+    table = filled(table, (many, pl.next_power_of_2(n + 2)))
 
     def kernel(
         streams_ref: Any, d_ref: Any, d_raw_ref: Any, table_ref: Any, phi_ref: Any, d_streams_ref: Any, part_ref: Any
@@ -199,7 +207,8 @@ def _backward(
                 at = pl.ds(pl.multiple_of(k * block.tokens, block.tokens), block.tokens)
                 x = streams_ref[at, j, :].astype(dtype)
                 d_raw = d_raw_ref[at, :]
-                d_x = _product(d_raw, phi_j, (1, 0)) + table_ref[at, n][:, None] * x
+                d_x = _product(d_raw, phi_j, (1, 0))
+                d_x += table_ref[at, n][:, None] * (table_ref[at, n + 1][:, None] * x)
                 d_x += table_ref[at, j][:, None] * d_ref[at, :].astype(dtype)
                 d_streams_ref[at, j, :] = d_x.astype(d_streams_ref.dtype)
                 return d_phi + _product(d_raw, x, (0, 0))

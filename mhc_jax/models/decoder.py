@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Literal
 
 import jax
@@ -307,7 +308,8 @@ class Decoder(nnx.Module):
         self.embed_tokens = nnx.Embed(
             config.vocabulary, config.features, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
-        connected, policy = as_connection(connection, options), _policy(remat)
+        connected = as_connection(connection, options)
+        policy = _policy(None if remat is None else tuple(remat))
         self.connection = connected
         self.stack: MHCStack | StreamStack
         if isinstance(connected, StreamConfig):
@@ -489,6 +491,7 @@ def _norm(config: DecoderConfig, features: int, dtype: Any, param_dtype: Any, rn
     return nnx.RMSNorm(features, epsilon=config.norm_epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
 
+@cache  # policies are equal only if they are the same, and so is what JAX has compiled for them
 def _policy(remat: tuple[str, ...] | None) -> Any:
     if remat is None:
         return None

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mhc_jax import streams as functional
+from mhc_jax.nn.merged import Merged
 from mhc_jax.streams import HeadParams, Implementation, StreamConfig, StreamParams
 
 
@@ -163,7 +164,7 @@ class StreamStack(nnx.Module):
     def __call__(self, x: Float[Array, "*tokens C"]) -> Float[Array, "*tokens C"]:
         graphdef, params = nnx.split(self.layers)
         wide = functional.apply_layers(
-            lambda params, wide: nnx.merge(graphdef, params)(wide),
+            Merged(graphdef),
             params,
             functional.expand(x, self.streams),
             block_length=self.block_length,

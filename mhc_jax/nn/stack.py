@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from mhc_jax.config import MHCConfig
 from mhc_jax.mixing import apply_layers, mixing_weights
 from mhc_jax.nn.errors import noted
+from mhc_jax.nn.merged import Merged
 from mhc_jax.nn.skip import GATE_INIT, as_config, initial_logits
 
 
@@ -90,14 +91,10 @@ class MHCStack(nnx.Module):
         """
         graphdef, params = nnx.graphdef(self.layers), nnx.state(self.layers, nnx.Param)
         kind = type(self.layers).__name__
-
-        def branch(params: nnx.State, x: Array, streams: nnx.State) -> Array:
-            return nnx.merge(graphdef, params, streams)(x)
-
         streams: Any = self._draw_streams()
         with noted(f"in the layers of MHCStack ({kind})"):
             return apply_layers(
-                branch,
+                Merged(graphdef),
                 params,
                 x,
                 self.mixing_logits[...],

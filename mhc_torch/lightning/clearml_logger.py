@@ -109,6 +109,8 @@ class ClearMLLogger(Logger):
         """End the task, as failed unless ``status`` is "success"."""
         if self._task is None:
             return
+        # After a crash, Ctrl-C or sys.exit ClearML's own close does not wait for what was reported.
+        self._task.flush(wait_for_uploads=True)
         if status != "success" and not self._offline:
             self._task.mark_failed()
         self._task.close()

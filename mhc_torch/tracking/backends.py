@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CometLogger, MLFlowLogger, TensorBoardLogg
 
 from mhc_torch.lightning.clearml_logger import ClearMLLogger, flatten
 from mhc_torch.lightning.settings import require
-from mhc_torch.tracking.outbox import Outbox
+from mhc_torch.tracking.outbox import Interrupts, Outbox, Refused
 from mhc_torch.utils.logging import get_logger
 from mhc_torch.utils.pictures import send_picture
 
@@ -47,6 +47,10 @@ class Queued:
 
     outbox: Outbox
     crashed = False
+    # How the backend takes the entries of one call: all or none, or one after the other. Where one is refused, the
+    # others must arrive, and none of them twice.
+    all_or_none: frozenset[str] = frozenset()
+    one_by_one: frozenset[str] = frozenset()
 
     def open(self, backend: str, unsent: Path, timeout: float) -> None:
         """Start the run, in this thread: what is wrong with the backend is raised here."""
@@ -57,7 +61,9 @@ class Queued:
         if self.outbox.inside:  # TensorBoardLogger.log_hyperparams logs a metric
             super().log_metrics(metrics, step)  # type: ignore[misc]
             return
-        self.outbox.put("log_metrics", {"metrics": dict(metrics), "step": step})
+        # Arrays are read now: they may change before they are sent.
+        values = {key: _read(value) for key, value in metrics.items()}
+        self.outbox.put("log_metrics", {"metrics": values, "step": step})
 
     def log_hyperparams(self, params: Mapping[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         values = vars(params) if isinstance(params, Namespace) else params
@@ -79,9 +85,9 @@ class Queued:
         if not self.outbox.flush():
             _log.warning("%s hangs: not all of its metrics are written", self.outbox.backend)
 
-    def stop(self, status: str) -> None:
+    def stop(self, status: str, interrupts: Interrupts) -> None:
         """Send what waits and end the run, with status "success" or "failed", which the last training may have."""
-        self.outbox.close("close", {"status": "failed" if self.crashed else status})
+        self.outbox.close("close", {"status": "failed" if self.crashed else status}, interrupts)
 
     def write(self) -> None:
         """Write what the backend holds in memory; in the outbox's thread."""
@@ -91,18 +97,42 @@ class Queued:
         raise NotImplementedError
 
     def _send(self, method: str, arguments: dict[str, Any]) -> None:
+        """In the outbox's thread."""
         if method == "log_picture":
             send_picture(self, **arguments)
         elif method == "close":
             self.close(**arguments)
+        elif method in self.one_by_one:
+            self._send_each(method, arguments)
         else:
-            getattr(super(), method)(**arguments)
+            try:
+                self._send_whole(method, arguments)
+            except Exception:
+                if method not in self.all_or_none or len(_entries(arguments)[1]) == 1:
+                    raise
+                self._send_each(method, arguments)
+
+    def _send_each(self, method: str, arguments: dict[str, Any]) -> None:
+        field, values = _entries(arguments)
+        refused: dict[str, Any] = {}
+        for key, value in values.items():
+            try:
+                self._send_whole(method, arguments | {field: {key: value}})
+            except Exception as error:
+                refused[key], reason = value, error
+        if refused:
+            raise Refused(arguments | {field: refused}, reason)
+
+    def _send_whole(self, method: str, arguments: dict[str, Any]) -> None:
+        getattr(super(), method)(**arguments)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a tracked experiment cannot move to another process: use strategy='ddp', not a spawned one")
 
 
 class _TensorBoard(Queued, TensorBoardLogger):
+    one_by_one = frozenset({"log_metrics"})
+
     def log_hyperparams(self, params: Mapping[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         # TensorBoard shows one table of a run, so each new one holds all that came before.
         self.hparams.update(vars(params) if isinstance(params, Namespace) else params)
@@ -117,30 +147,35 @@ class _TensorBoard(Queued, TensorBoardLogger):
 
 
 class _Wandb(Queued, WandbLogger):
-    def log_picture(self, key: str, picture: Image, step: int) -> None:
-        self.log_image(key=key, images=[picture], step=step)  # which logs it as a metric, through the outbox
+    all_or_none = frozenset({"log_metrics", "log_hyperparams"})
 
     def close(self, status: str) -> None:
         self.experiment.finish(exit_code=0 if status == "success" else 1)
 
 
 class _MLflow(Queued, MLFlowLogger):  # type: ignore[misc]
+    all_or_none = frozenset({"log_metrics", "log_hyperparams"})
+
     def open(self, backend: str, unsent: Path, timeout: float) -> None:
+        self._folder = str(unsent.parents[1])
         self._uri_before = os.environ.get("MLFLOW_TRACKING_URI")
         super().open(backend, unsent, timeout)
 
-    def stop(self, status: str) -> None:
-        super().stop(status)
+    def stop(self, status: str, interrupts: Interrupts) -> None:
+        super().stop(status, interrupts)
         # The logger has set it, and the next experiment would go to the database of this one.
         os.environ.pop("MLFLOW_TRACKING_URI", None)
         if self._uri_before is not None:
             os.environ["MLFLOW_TRACKING_URI"] = self._uri_before
 
-    def _send(self, method: str, arguments: dict[str, Any]) -> None:
+    def log_hyperparams(self, params: Mapping[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        super().log_hyperparams(flatten(vars(params) if isinstance(params, Namespace) else params))
+
+    def _send_whole(self, method: str, arguments: dict[str, Any]) -> None:
         if method == "log_hyperparams":
-            self._params(flatten(arguments["params"]))
+            self._params(arguments["params"])
         else:
-            super()._send(method, arguments)
+            super()._send_whole(method, arguments)
 
     def _params(self, values: Mapping[str, Any]) -> None:
         """Whole values, where Lightning cuts them at 250 characters; a changed one, which MLflow refuses, as a tag."""
@@ -158,9 +193,20 @@ class _MLflow(Queued, MLFlowLogger):  # type: ignore[misc]
     def close(self, status: str) -> None:
         MLFlowLogger.finalize(self, status)
 
+    @property
+    def save_dir(self) -> str:
+        """Where Lightning puts checkpoints; its own answer for a database is None, the working directory."""
+        return self._folder
+
 
 class _Comet(Queued, CometLogger):  # type: ignore[misc]
-    def _send(self, method: str, arguments: dict[str, Any]) -> None:
+    def open(self, backend: str, unsent: Path, timeout: float) -> None:
+        super().open(backend, unsent, timeout)
+        # Comet would end the run by itself before `atexit` lets us send what waits.
+        if (hook := getattr(self.experiment, "_atexit_hook", None)) is not None:
+            hook.disable()
+
+    def _send_whole(self, method: str, arguments: dict[str, Any]) -> None:
         if method == "log_metrics":
             # Lightning takes "epoch" out, and a record of nothing else would be lost.
             metrics, step = arguments["metrics"], arguments["step"]
@@ -168,15 +214,19 @@ class _Comet(Queued, CometLogger):  # type: ignore[misc]
         elif method == "log_hyperparams":
             self.experiment.log_parameters(flatten(arguments["params"]))  # Comet joins keys by another sign
         else:
-            super()._send(method, arguments)
+            super()._send_whole(method, arguments)
 
     def close(self, status: str) -> None:
         if status != "success":
             self.experiment.log_other("status", status)
+            # Comet has no public way to say it; this is what its own hook for uncaught exceptions calls.
+            self.experiment._report_experiment_error("the run failed", has_crashed=True)
         self.experiment.end()
 
 
 class _ClearML(Queued, ClearMLLogger):
+    one_by_one = frozenset({"log_metrics"})
+
     def close(self, status: str = "success") -> None:
         ClearMLLogger.close(self, status)
 
@@ -207,6 +257,8 @@ def _mlflow(run: Run) -> Queued:
         artifacts = (run.folder / "mlartifacts").absolute().as_uri()
     elif urlsplit(uri).scheme in ("http", "https"):
         _reach("mlflow", uri, "leave backend_url out")
+    if uri.startswith("sqlite:"):
+        _require_database(uri)
     return _MLflow(run.project, run_name=run.name, tracking_uri=uri, artifact_location=artifacts)
 
 
@@ -285,6 +337,16 @@ def open_backend(backend: str, run: Run, timeout: float) -> Queued:
     return logger
 
 
+def _entries(arguments: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    (field,) = arguments.keys() & {"metrics", "params"}
+    return field, arguments[field]
+
+
+def _read(value: Any) -> Any:
+    """A scalar array as a number, anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
 def _reach(backend: str, url: str, otherwise: str) -> None:
     """One clear error now instead of retries during training; any answer of the server will do."""
     try:
@@ -295,6 +357,24 @@ def _reach(backend: str, url: str, otherwise: str) -> None:
         raise ConnectionError(
             f"{backend}: cannot reach {url} ({error}); check backend_url and the network, or stay offline: {otherwise}"
         ) from error
+
+
+def _require_database(uri: str) -> None:
+    """One clear error now, where MLflow would try again for minutes."""
+    import sqlite3
+
+    from sqlalchemy.engine import make_url
+
+    path = make_url(uri).database
+    try:
+        database = sqlite3.connect(path or ":memory:", timeout=10, isolation_level=None)
+        try:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("ROLLBACK")
+        finally:
+            database.close()
+    except sqlite3.Error as error:
+        raise ValueError(f"backend_url: cannot write to MLflow's database {path} ({error})") from error
 
 
 def _netrc_password(url: str) -> str | None:

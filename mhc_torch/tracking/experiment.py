@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -14,6 +15,7 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 
 from mhc_torch.tracking.backends import Queued
+from mhc_torch.tracking.outbox import Interrupts
 from mhc_torch.tracking.system import SystemMonitor
 
 if TYPE_CHECKING:
@@ -32,12 +34,16 @@ class Experiment:
         loggers: a Lightning logger for each backend, in the order given. ``Trainer(logger=experiment.loggers)`` is the
             explicit way to track a Trainer. On other ranks than zero they do nothing.
         stopped: whether it has ended.
+        trained_to: the highest step that a Trainer has reached in it.
+        process: the id of the process it belongs to; in a fork of it nothing can be logged.
     """
 
     def __init__(self, name: str, project: str, loggers: Sequence[Logger]) -> None:
         self.name, self.project = name, project
         self.loggers = list(loggers)
         self.stopped = False
+        self.process = os.getpid()
+        self.trained_to = 0
         self._monitor: SystemMonitor | None = None
         self._trainers: WeakSet[Any] = WeakSet()
 
@@ -50,7 +56,7 @@ class Experiment:
 
         Raises:
             TypeError: a value is not a number, or the step not an integer.
-            RuntimeError: the experiment has been stopped.
+            RuntimeError: the experiment has been stopped, or this process is a fork of the one that started it.
         """
         values = {key: _number(key, value) for key, value in metrics.items()}
         for logger in self.loggers:
@@ -90,7 +96,10 @@ class Experiment:
 
         A Trainer made while the experiment is active does that by itself.
         """
-        trainer.loggers = trainer.loggers + [logger for logger in self.loggers if logger not in trainer.loggers]
+        given = [logger for logger in trainer.loggers if logger not in self.loggers]
+        # What nobody asked for must not be `self.logger` and the folder of checkpoints.
+        default = [logger for logger in given if _is_default(logger, trainer.default_root_dir)]
+        trainer.loggers = [logger for logger in given if logger not in default] + self.loggers + default
         self._trainers.add(trainer)
 
     def flush(self) -> None:
@@ -104,21 +113,27 @@ class Experiment:
         Args:
             status: "success" or "failed".
 
+        At Ctrl-C what was not sent goes to a file, and KeyboardInterrupt is raised at the end. In a forked child
+        nothing is done.
+
         Warns:
             RuntimeWarning: a backend did not take everything; the file that holds the rest is named.
         """
-        if self.stopped:
+        if self.stopped or os.getpid() != self.process:  # in a fork there is nothing to end
             return
-        self.stopped = True
-        if self._monitor is not None:
-            self._monitor.stop()
-        for trainer in self._trainers:
-            trainer.loggers = [logger for logger in trainer.loggers if logger not in self.loggers]
-        for logger in self._queued():
-            logger.stop(status)
+        with Interrupts() as interrupts:
+            self.stopped = True
+            if self._monitor is not None:
+                self._monitor.stop()
+            for trainer in self._trainers:
+                trainer.loggers = [logger for logger in trainer.loggers if logger not in self.loggers]
+            for logger in self._queued():
+                logger.stop(status, interrupts)
         for outbox in (logger.outbox for logger in self._queued()):
             if outbox.lost:
                 message = f"{outbox.backend} did not take {outbox.lost} records; they are in {outbox.unsent}"
+                if outbox.gone:
+                    message += f", but for the last {outbox.gone}, for which there was no room: they are lost"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _queued(self) -> list[Queued]:
@@ -136,6 +151,14 @@ class Experiment:
     def __repr__(self) -> str:
         state = "stopped" if self.stopped else "active"
         return f"Experiment({self.name!r}, {self.project!r}, {len(self.loggers)} backends, {state})"
+
+
+def _is_default(logger: Logger, folder: str) -> bool:
+    """Whether it is, or equals, the one that Lightning makes where no logger was given."""
+    kind = type(logger)
+    lightning = kind.__module__.startswith(("lightning.", "pytorch_lightning."))
+    default = lightning and kind.__name__ in ("TensorBoardLogger", "CSVLogger") and logger.name == "lightning_logs"
+    return default and logger.save_dir == folder
 
 
 def _number(key: str, value: Any) -> float:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,6 +20,7 @@ from mhc_torch.lightning.settings import Settings, require, require_writable
 from mhc_torch.tracking.backends import BACKENDS, WITH_KEY, WITH_URL, Queued, Run, open_backend
 from mhc_torch.tracking.experiment import Experiment
 from mhc_torch.tracking.git import git_state
+from mhc_torch.tracking.outbox import Interrupts
 from mhc_torch.utils.logging import get_logger
 
 _active: Experiment | None = None
@@ -54,7 +58,8 @@ def start_logging(
     """Start an experiment: from now on Trainers log to it, until :func:`stop_logging`.
 
     Everything that ``self.log`` sends to a logger, and the hyperparameters that ``save_hyperparameters`` saves, arrive
-    with Lightning's own names, steps and reductions. A Trainer that was made before is left alone; ``attach`` adds it.
+    with Lightning's own names, steps and reductions. A Trainer that was made before is left alone, and
+    warns when it is used; ``attach`` adds it.
 
     A backend that has credentials (here, or in its own configuration) logs to its server, any other to ``save_dir``.
     Under DDP with one process a device (``strategy="ddp"``, ``torchrun``) rank zero logs, and the others do nothing.
@@ -68,8 +73,8 @@ def start_logging(
         config: a TrackingConfig or its fields.
 
     Raises:
-        ValueError: an unknown backend or field, a key or URL for a backend that takes none, a ``save_dir`` that cannot
-            be written to.
+        ValueError: an unknown backend or field, a key or URL for a backend that takes none, a ``save_dir`` or a
+            database that cannot be written to.
         ImportError: a backend is not installed; the message names the extra to install.
         ConnectionError: a server does not answer.
         RuntimeError: an experiment is active already.
@@ -103,22 +108,30 @@ def start_logging(
         experiment.monitor(settings.metrics_interval)
     if settings.track_lightning:
         _check_entry_point()
+        _warn_late_trainers(experiment)
     _active, _tracks_lightning = experiment, settings.track_lightning
     # Flushes where the script ends, or dies of an exception, without stop_logging.
-    atexit.register(stop_logging)
+    atexit.register(_stop_at_exit)
     return experiment
 
 
 def stop_logging() -> None:
     """End the active experiment, see :meth:`Experiment.stop`; without one, do nothing."""
-    atexit.unregister(stop_logging)
     if _active is not None:
         _active.stop()
+    atexit.unregister(_stop_at_exit)
+
+
+def _stop_at_exit() -> None:
+    # The interpreter leaves there what it dies of; in an interactive session, what some line failed with.
+    died = getattr(sys, "last_value", None) is not None and not hasattr(sys, "ps1")
+    if _active is not None:
+        _active.stop("failed" if died else "success")
 
 
 def get_active_experiment() -> Experiment | None:
-    """The experiment that was started and not yet stopped."""
-    return None if _active is None or _active.stopped else _active
+    """The experiment that was started in this process and not yet stopped."""
+    return None if _active is None or _active.stopped or _active.process != os.getpid() else _active
 
 
 class AttachExperiment(Callback):
@@ -139,6 +152,43 @@ class AttachExperiment(Callback):
             experiment.attach(trainer)
             if stage == "fit":
                 experiment.log_hyperparams({"trainer": trainer_settings(trainer)})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        experiment = get_active_experiment()
+        if experiment is not None and trainer.global_step < experiment.trained_to:
+            warnings.warn(
+                f"this training starts at step {trainer.global_step}, and {experiment.name!r} has one up "
+                f"to step {experiment.trained_to}: their steps overlap; start an experiment for each",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (experiment := get_active_experiment()) is not None:
+            experiment.trained_to = max(experiment.trained_to, trainer.global_step)
+
+
+class LateTrainer(Callback):
+    """In a Trainer that was made before the experiment: says that it is not tracked, when it is used."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.experiment is get_active_experiment() and not set(trainer.loggers) & set(self.experiment.loggers):
+            warnings.warn(
+                f"this Trainer was made before the experiment {self.experiment.name!r} was started, so it is not "
+                "tracked: call start_logging first, or experiment.attach(trainer)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _warn_late_trainers(experiment: Experiment) -> None:
+    names = ("lightning.pytorch", "pytorch_lightning")
+    kinds = tuple(sys.modules[name].Trainer for name in names if hasattr(sys.modules.get(name), "Trainer"))
+    for trainer in [found for found in gc.get_objects() if issubclass(type(found), kinds)]:
+        trainer.callbacks.append(LateTrainer(experiment))
 
 
 def attachments() -> list[Callback]:
@@ -164,8 +214,9 @@ def _open(runs: Mapping[str, Run], timeout: float) -> list[Any]:
         for name, run in runs.items():
             opened.append(open_backend(name, run, timeout))
     except BaseException:
-        for logger in opened:
-            logger.stop("failed")
+        with Interrupts() as interrupts:
+            for logger in opened:
+                logger.stop("failed", interrupts)
         raise
     return opened
 

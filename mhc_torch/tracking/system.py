@@ -30,6 +30,7 @@ class SystemMonitor:
         self._log, self._interval = log, interval
         self._process = psutil.Process()
         self._gpus = _gpus()
+        self._reported: set[str] = set()
         self._stop = threading.Event()
         psutil.cpu_percent()  # what follows is measured from here
         self._thread = threading.Thread(target=self._run, name="mhc-tracking-system", daemon=True)
@@ -46,11 +47,17 @@ class SystemMonitor:
             "system/process_memory_mib": self._process.memory_info().rss / _MIB,
         }
         for number, gpu in enumerate(self._gpus):
-            import pynvml
-
-            metrics[f"system/gpu_{number}/utilization_percent"] = float(pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu)
-            metrics[f"system/gpu_{number}/memory_used_mib"] = pynvml.nvmlDeviceGetMemoryInfo(gpu).used / _MIB
+            for name, read in _GPU_METRICS.items():
+                try:
+                    metrics[f"system/gpu_{number}/{name}"] = read(gpu)
+                except Exception as error:  # not every GPU answers every query (MIG does not know its utilization)
+                    self._report(f"gpu_{number}/{name}", error)
         return metrics
+
+    def _report(self, what: str, error: Exception) -> None:
+        if what not in self._reported:
+            self._reported.add(what)
+            get_logger("mhc.tracking").warning("no system metric %s: %s: %s", what, type(error).__name__, error)
 
     def _run(self) -> None:
         step, last = 0, False
@@ -62,6 +69,21 @@ class SystemMonitor:
                 get_logger("mhc.tracking").error("no more system metrics: %s: %s", type(error).__name__, error)
                 return
             step += 1
+
+
+def _utilization_percent(gpu: Any) -> float:
+    import pynvml
+
+    return float(pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu)
+
+
+def _memory_used_mib(gpu: Any) -> float:
+    import pynvml
+
+    return float(pynvml.nvmlDeviceGetMemoryInfo(gpu).used) / _MIB
+
+
+_GPU_METRICS = {"utilization_percent": _utilization_percent, "memory_used_mib": _memory_used_mib}
 
 
 def _gpus() -> list[Any]:

@@ -1,5 +1,7 @@
 """What README and documentation show of the measurements is what the recorded files say."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +74,27 @@ def test_quick_runs_leave_the_recorded_results_alone():
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "--quick would overwrite the recorded results" in refused.stderr
+
+
+@pytest.mark.parametrize("suite", ["history", "streams", "torch_front", "stream_gain", "quality"])
+def test_a_quick_run_of_one_suite_leaves_them_alone_too(suite):
+    result = table.RESULTS / {"stream_gain": "stream-gain.json"}.get(suite, f"{suite}-cpu.json")
+    before = result.read_bytes()
+    command = [sys.executable, "-m", f"benchmarks.{suite}", "--quick", "--output", str(result)]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "would overwrite recorded results" in refused.stderr
+    assert refused.returncode == 1
+    assert result.read_bytes() == before
+
+
+def test_without_an_output_quick_results_go_elsewhere(tmp_path):
+    before = (table.RESULTS / "history-cpu.json").read_bytes()
+    command = [sys.executable, "-m", "benchmarks.history", "--quick", "--parts", "compile"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (table.RESULTS / "history-cpu.json").read_bytes() == before
+    assert json.loads((tmp_path / "runs/benchmarks/history-cpu.json").read_text()).keys() == {"compile"}
 
 
 def test_a_quick_suite_from_the_command_line(tmp_path):

@@ -122,18 +122,24 @@ def test_the_latest_is_the_highest_number_that_is_complete(tmp_path):
         latest(tmp_path / "notes")
 
 
-def test_an_interrupted_save_leaves_the_earlier_checkpoint_whole(tmp_path):
-    save(tmp_path / "1", {"a": jnp.arange(4.0)})
+def start_saving(path):
+    """A process in the middle of a save of 400 MB."""
     script = (
         "import sys, jax.numpy as jnp\n"
         "from mhc_jax.checkpoint import save\n"
         "tree = {str(i): jnp.full((1024, 1024), float(i)) for i in range(100)}\n"
         "save(sys.argv[1], tree)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "2")], stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob("2*")):
+    process = subprocess.Popen([sys.executable, "-c", script, str(path)], stderr=subprocess.DEVNULL)
+    while not list(path.parent.glob("2*")):
         assert process.poll() is None, "the save ended before it could be interrupted"
         time.sleep(0.001)
+    return process
+
+
+def test_an_interrupted_save_leaves_the_earlier_checkpoint_whole(tmp_path):
+    save(tmp_path / "1", {"a": jnp.arange(4.0)})
+    process = start_saving(tmp_path / "2")
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert list(tmp_path.glob("2*")) != [tmp_path / "2"], "the save ended before it could be interrupted"
@@ -142,6 +148,50 @@ def test_an_interrupted_save_leaves_the_earlier_checkpoint_whole(tmp_path):
     np.testing.assert_array_equal(restore(tmp_path / "1", {"a": jnp.zeros(4)})["a"], np.arange(4.0))
     save(tmp_path / "2", {"a": jnp.arange(5.0)})
     np.testing.assert_array_equal(restore(latest(tmp_path), {"a": jnp.zeros(5)})["a"], np.arange(5.0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"], "what the killed save left is still there"
+
+
+def test_a_save_that_goes_on_is_not_taken_for_a_dead_one(tmp_path):
+    process = start_saving(tmp_path / "2")
+    os.kill(process.pid, signal.SIGSTOP)
+    save(tmp_path / "1", {"a": jnp.arange(4.0)})
+    assert len(list(tmp_path.iterdir())) == 2
+    os.kill(process.pid, signal.SIGCONT)
+    assert process.wait() == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_of_several_that_save_one_path_at_once_one_succeeds(tmp_path):
+    script = (
+        "import sys, threading, jax.numpy as jnp\n"
+        "from mhc_jax.checkpoint import save\n"
+        "def attempt(path, value):\n"
+        "    try:\n"
+        "        save(path, {str(i): jnp.full(100_000, value) for i in range(20)})\n"
+        "        print('saved', path[-1], value, flush=True)\n"
+        "    except FileExistsError:\n"
+        "        pass\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "for path in '0123':\n"
+        "    threads = [threading.Thread(target=attempt, args=(f'{sys.argv[1]}/{path}', float(sys.argv[2]) + i))\n"
+        "               for i in range(2)]\n"
+        "    for thread in threads: thread.start()\n"
+        "    for thread in threads: thread.join()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    savers = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), value], **pipes) for value in ("10", "20")]
+    assert [saver.stdout.readline() for saver in savers] == ["ready\n"] * 2
+    for saver in savers:
+        saver.stdin.write("go\n")
+        saver.stdin.flush()
+    saved = [line.split()[1:] for saver in savers for line in saver.communicate(timeout=120)[0].splitlines()]
+    assert sorted(path for path, _ in saved) == ["0", "1", "2", "3"], "one of them must win, and only one"
+    for path, value in saved:
+        restored = restore(tmp_path / path, {str(i): jnp.zeros(100_000) for i in range(20)})
+        for array in restored.values():
+            np.testing.assert_array_equal(array, float(value))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3"]
 
 
 def test_whatever_does_not_match_is_listed(tmp_path):

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
 
 from mhc_jax import MHCConfig, apply_layers, apply_layers_reference, mix, mixing_weights
 from mhc_jax.checks import report_nonfinite
 from tests import reference
+from tests.compiles import counted
 
 CONFIGS = [
     MHCConfig(max_history=3, mode="residual"),
@@ -338,13 +340,19 @@ def test_vmap_over_inputs_and_over_models():
         assert_close(actual, jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected))
 
 
-def test_second_derivatives():
-    config = MHCConfig(max_history=2)
+@pytest.mark.parametrize("detach_history", [False, True])
+@pytest.mark.parametrize(("depth", "max_history"), [(4, 2), (10, 9)])
+def test_second_derivatives(depth, max_history, detach_history):
+    config = MHCConfig(max_history=max_history, detach_history=detach_history)
     with jax.enable_x64(True):
-        params, x, logits, _ = problem(4, config, width=2)
+        params, x, logits, _ = problem(depth, config, width=2)
+        # Of logits and input together: with detached history, what is mixed is a constant in both derivatives.
+        logits, unravel = ravel_pytree((logits[:, -2:], x[:1]))
 
-        def loss(apply, logits):
-            return jnp.sum(jnp.sin(apply(branch, params, x, logits, config)))
+        def loss(apply, flat):
+            live, first = unravel(flat)
+            out = apply(branch, params, first, jnp.pad(live, ((0, 0), (max_history - 2, 0))), config)
+            return jnp.sum(jnp.sin(out))
 
         expected = jax.jit(jax.hessian(partial(loss, apply_layers_reference)))(logits)
         assert np.abs(expected).max() > 1e-3
@@ -403,6 +411,121 @@ def test_program_size_does_not_grow_with_depth():
     assert operations(200) == operations(10)
 
 
+# Outside jit
+
+
+def tanh(x):
+    return jnp.tanh(x)
+
+
+@pytest.mark.parametrize("activation", [tanh, jax.nn.relu])
+def test_a_second_call_outside_jit_compiles_nothing(activation):
+    config = MHCConfig(max_history=2)
+    params, x, logits, _ = problem(3, config, dtype=np.float32)
+
+    def closing(params, x):
+        return activation(x @ params["w"])
+
+    def step(params):
+        return jnp.sum(apply_layers(closing, params, x, logits, config))
+
+    value_and_grad = jax.value_and_grad(step)
+    step(params), value_and_grad(params)
+    with counted() as compiled:
+        step(params), value_and_grad(params)
+    assert not compiled
+
+
+def test_what_a_branch_closes_over_is_never_of_an_earlier_call():
+    class Held:
+        scale, power, array, slope = 1.0, 2, jnp.ones(4), 1.0
+
+        def __call__(self, params, x):
+            return self.scale * x**self.power * self.array * params + clipped(x, self.slope)
+
+    @partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def clipped(x, slope):
+        return x
+
+    clipped.defvjp(lambda x, slope: (x, None), lambda slope, _, g: (slope * g,))
+    held, config = Held(), MHCConfig(mode="residual")
+    params, x = jnp.ones((2, 4)), jnp.linspace(0.1, 0.4, 4)
+
+    def both():
+        def loss(apply, x):
+            return jnp.sum(apply(held, params, x, None, config))
+
+        own, reference = (
+            jax.value_and_grad(partial(loss, apply))(x) for apply in (apply_layers, apply_layers_reference)
+        )
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), own, reference)
+        return own
+
+    seen = [both()]
+    # A number, a static argument, an array, and a number that only a derivative rule reads.
+    for name, value in (("scale", 3.0), ("power", 3), ("array", 2 * jnp.ones(4)), ("slope", 5.0)):
+        setattr(held, name, value)
+        seen.append(both())
+    gradients = [gradient for _, gradient in seen]
+    assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(gradients[1:], gradients[:-1], strict=True))
+
+
+def test_gradients_without_jit():
+    config = MHCConfig(max_history=2)
+    params, x, logits, _ = problem(3, config, dtype=np.float32)
+    gradient = jax.grad(lambda x: jnp.sum(apply_layers(branch, params, x, logits, config)))
+    with jax.disable_jit():
+        operation_by_operation = gradient(x)
+    assert_close(operation_by_operation, gradient(x), 1e-5)
+
+
+# Ends of the range
+
+
+@pytest.mark.parametrize("apply", [apply_layers, apply_layers_reference])
+def test_no_layers_are_the_identity(apply):
+    config = MHCConfig(max_history=3)
+    params, x, logits, _ = problem(0, config, dtype=np.float32)
+    assert_close(apply(branch, params, x, logits, config), x)
+    assert_close(jax.grad(lambda x: jnp.sum(apply(branch, params, x, logits, config)))(x), jnp.ones_like(x))
+
+
+def test_a_number_for_a_state():
+    config = MHCConfig(max_history=2)
+    out = apply_layers(lambda p, x: p * x, jnp.ones(3), 1.5, jnp.zeros((3, 2)), config)
+    assert out == apply_layers(lambda p, x: p * x, jnp.ones(3), jnp.float32(1.5), jnp.zeros((3, 2)), config)
+
+
+@pytest.mark.parametrize("max_history", [2, 9])
+def test_what_is_infinite_spoils_nothing_else(max_history):
+    config = MHCConfig(max_history=max_history)
+    x = jnp.array([jnp.inf, 0.5])
+    arguments = jnp.ones(10), x, jnp.zeros((10, max_history))
+
+    def loss(apply, x):
+        return jnp.sum(apply(lambda p, x: p * jnp.tanh(x), arguments[0], x, arguments[2], config))
+
+    def outcome(apply):
+        out = apply(lambda p, x: p * jnp.tanh(x), *arguments, config)
+        return out, jax.grad(partial(loss, apply))(x)
+
+    out, gradient = outcome(apply_layers)
+    assert np.isposinf(out[0])
+    assert np.isfinite([out[1], *gradient]).all()
+    assert_close((out[1], gradient), (lambda out, gradient: (out[1], gradient))(*outcome(apply_layers_reference)), 1e-5)
+
+
+def test_logits_of_8_bits_and_the_least_temperature():
+    logits = jnp.array([1.0, 2.0, -300.0])
+    low = logits.astype(jnp.float8_e5m2)
+    assert_close(mixing_weights(low), mixing_weights(low.astype(jnp.float32)))
+    for constraint in ("simplex", "sparse"):
+        config = MHCConfig(constraint=constraint, temperature=2e-38)
+        np.testing.assert_array_equal(mixing_weights(logits, config), [0, 1, 0])
+    with pytest.raises(ValueError, match=r"temperature must be positive and finite, 1\.2e-38 at least, got 1e-46"):
+        MHCConfig(temperature=1e-46)
+
+
 # Errors
 
 
@@ -413,6 +536,11 @@ def test_program_size_does_not_grow_with_depth():
         ({"logits": None}, ValueError, "logits can be left out in mode 'residual' only"),
         ({"logits": jnp.zeros((4, 3))}, ValueError, r"params\['b'\] must have a leading axis of 4.*\(5, 4\)"),
         ({"x": jnp.zeros((2, 4), jnp.int32)}, TypeError, "x must be floating-point, got int32"),
+        (
+            {"x": jnp.zeros((2, 4), jnp.float8_e4m3fn)},
+            TypeError,
+            "x must be floating-point, got float8_e4m3fn: 16 bits",
+        ),
         ({"branch": lambda params, x: x[:1]}, ValueError, r"branch must return.*\(2, 4\).*\(1, 4\)"),
     ],
 )

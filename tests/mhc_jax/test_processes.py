@@ -43,6 +43,13 @@ state = restore(latest(f"{out}/checkpoints"), new_state(1)[0])
 for seed in range(2, 4):
     state, metrics = step(state, batches(seed))
     losses.append(float(metrics["loss"]))
+for path, error in ((f"{out}/checkpoints/2", FileExistsError), (f"{out}/checkpoints/other-{rank}", ValueError)):
+    try:
+        save(path, state)
+    except error as caught:
+        assert str(caught).startswith("path"), caught
+    else:
+        assert error is ValueError and count == 1, path
 with open(f"{out}/losses-{rank}.json", "w") as file:
     json.dump(losses, file)
 """

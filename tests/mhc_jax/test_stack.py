@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mhc_jax.nn import MHCSequential, MHCStack
+from mhc_jax.nn import HyperConnections, MHCSequential, MHCStack, StreamStack
+from tests.compiles import counted
 
 DEPTH, WIDTH = 6, 5
 
@@ -180,3 +181,35 @@ def test_errors_say_in_which_layer_they_came_up():
         MHCStack(linear, 0, rngs=rngs)
     with pytest.raises(ValueError, match="auto_project"):
         MHCStack(linear, 2, auto_project=True, rngs=rngs)
+
+
+def _history_stack():
+    return MHCStack(lambda rngs: nnx.Sequential(linear(rngs), jax.nn.relu), 3, rngs=nnx.Rngs(0))
+
+
+def _stream_stack():
+    return StreamStack(lambda rngs, i: HyperConnections(linear(rngs), WIDTH, layer_index=i), 3, 4, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("make", [_history_stack, _stream_stack])
+def test_a_second_call_outside_jit_compiles_nothing(make):
+    stack, x = make(), jnp.ones((2, WIDTH))
+
+    def step():
+        return stack(x), nnx.grad(lambda model: jnp.sum(model(x)))(stack)
+
+    first, _ = step()
+    with counted() as compiled:
+        step()
+    assert not compiled
+    nnx.update(stack, jax.tree.map(lambda leaf: 2 * leaf, nnx.state(stack, nnx.Param)))
+    assert not np.allclose(stack(x), first)
+
+
+@pytest.mark.parametrize("make", [_history_stack, _stream_stack])
+def test_gradients_without_jit(make):
+    stack, x = make(), jnp.ones((2, WIDTH))
+    gradient = jax.grad(lambda x: jnp.sum(stack(x)))
+    with jax.disable_jit():
+        operation_by_operation = gradient(x)
+    np.testing.assert_allclose(operation_by_operation, gradient(x), rtol=1e-5)

@@ -97,6 +97,12 @@ def mlflow_store(uri: str, run_id: str, scratch: Path) -> tuple[Scalars, dict[in
     return scalars, pictures
 
 
+def mlflow_status(uri: str, run_id: str) -> str:
+    from mlflow.tracking import MlflowClient
+
+    return str(MlflowClient(uri).get_run(run_id).info.status)
+
+
 def comet_archive(folder: Path, key: str) -> tuple[Scalars, dict[int, np.ndarray]]:
     (archive,) = folder.glob("*.zip")
     scalars: Scalars = defaultdict(dict)
@@ -111,6 +117,12 @@ def comet_archive(folder: Path, key: str) -> tuple[Scalars, dict[int, np.ndarray
             elif message["type"] == "file_upload" and (payload["additional_params"] or {}).get("figName") == key:
                 pictures[payload["additional_params"]["step"]] = image(files.read(payload["file_path"]))
     return dict(scalars), pictures
+
+
+def comet_failed(folder: Path) -> bool:
+    (archive,) = folder.glob("*.zip")
+    with zipfile.ZipFile(archive) as files:
+        return bool(json.loads(files.read("experiment.json"))["customer_error_reported"])
 
 
 def clearml_session(folder: Path, key: str) -> tuple[Scalars, dict[int, np.ndarray]]:

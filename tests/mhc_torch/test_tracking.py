@@ -1,13 +1,19 @@
 """mhc_torch.tracking: real backends without a network, and what each of them wrote, read back from its own files."""
 
+import base64
+import io
 import json
 import logging
 import math
+import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -20,12 +26,13 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 
 from mhc_torch import MHCLightningCallback
 from mhc_torch.tracking import TrackingConfig, get_active_experiment, start_logging, stop_logging
 from mhc_torch.tracking.backends import BACKENDS as BACKENDS_AND_MODULES
 from mhc_torch.tracking.git import git_state
-from mhc_torch.tracking.outbox import Outbox
+from mhc_torch.tracking.outbox import Interrupts, Outbox
 from tests.mhc_torch import readers
 from tests.mhc_torch.lightning_models import Classifier, loader, trainer
 
@@ -301,6 +308,7 @@ def test_an_exception_in_a_block_ends_the_run_as_failed(new_folder):
 def test_a_script_that_dies_writes_too(tmp_path):
     script = """
 import sys
+import threading
 from mhc_torch.tracking import start_logging
 experiment = start_logging("n", "p", "tensorboard", config={"save_dir": sys.argv[1], "track_git": False})
 for step in range(50):
@@ -348,7 +356,7 @@ def test_a_backend_that_refuses_a_record_gets_the_others(new_folder, caplog):
         experiment.log_metrics({name: 1.0}, 0)
     with pytest.warns(RuntimeWarning, match="mlflow did not take 1 records"):
         stop_logging()
-    assert "mlflow refused a record" in caplog.text
+    assert "mlflow: refused a record" in caplog.text
     logger = experiment.loggers[0]
     scalars, _ = readers.mlflow_store(f"sqlite:///{folder}/mlflow.db", logger.run_id, folder)
     assert scalars.keys() == {"good", "fine"}
@@ -360,7 +368,7 @@ def test_records_keep_their_order_and_come_once():
     outbox = Outbox("list", lambda method, arguments: taken.append(arguments["i"]), lambda: None, Path("none"), 30)
     for i in range(2000):
         outbox.put("log", {"i": i})
-    outbox.close("close", {"i": "end"})
+    outbox.close("close", {"i": "end"}, Interrupts())
     assert taken == [*range(2000), "end"]
     with pytest.raises(RuntimeError, match="has been stopped"):
         outbox.put("log", {"i": 0})
@@ -486,6 +494,7 @@ def test_a_missing_package_names_its_extra(tmp_path):
     packages = {backend: module for backend, (module, _) in BACKENDS_AND_MODULES.items()}
     code = f"""
 import sys
+import threading
 import lightning.pytorch, mhc_torch.tracking
 for backend, module in {packages}.items():
     for name in [name for name in sys.modules if name.partition(".")[0] == module]:
@@ -505,3 +514,284 @@ def test_without_lightning_the_extra_is_named_too():
     code = "import sys; sys.modules['lightning'] = None; import mhc_torch.tracking"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "pip install 'mhc-jax[lightning]'" in done.stderr
+
+
+def test_what_a_hung_backend_does_not_take_waits_on_disk_and_arrives_in_order(tmp_path):
+    taken, free = [], threading.Event()
+
+    def send(method, arguments):
+        free.wait()
+        taken.append(arguments)
+
+    outbox = Outbox("slow", send, lambda: None, tmp_path / "unsent" / "n.jsonl", 60)
+    picture = Image.effect_noise((64, 64), 50).convert("RGB")
+    outbox.put("log_picture", {"key": "k", "picture": picture, "step": 0})
+    before = psutil.Process().memory_info().rss
+    for step in range(200_000):
+        outbox.put("log_metrics", {"metrics": {"loss": step / 3, "nan": math.nan}, "step": step})
+    outbox.put("log_hyperparams", {"params": {"pair": (1, 2)}})  # which JSON would make a list
+    outbox.put("log_picture", {"key": "k", "picture": picture, "step": 1})
+    assert psutil.Process().memory_info().rss - before < 50 * 2**20
+    free.set()
+    outbox.close("close", {}, Interrupts())
+    assert [arguments["step"] for arguments in taken[1:200_001]] == list(range(200_000))
+    assert all(arguments["metrics"]["loss"] == arguments["step"] / 3 for arguments in taken[1:200_001])
+    assert taken[200_001] == {"params": {"pair": (1, 2)}}
+    assert taken[200_002]["picture"].tobytes() == picture.tobytes()
+    assert list((tmp_path / "unsent").iterdir()) == []
+
+
+def test_what_was_sent_is_not_kept_where_writing_fails(tmp_path):
+    def idle():
+        raise OSError("no room")
+
+    outbox = Outbox("full", lambda method, arguments: None, idle, tmp_path / "n.jsonl", 30)
+    outbox.put("log", {"i": 0})
+    assert outbox.flush()
+    outbox.close("close", {}, Interrupts())
+    assert outbox.lost == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_that_are_not_sent_are_kept_whole(tmp_path):
+    def send(method, arguments):
+        raise ValueError("no")
+
+    outbox = Outbox("b", send, lambda: None, tmp_path / "n.jsonl", 30)
+    picture = Image.effect_noise((8, 8), 50)
+    outbox.put("log_picture", {"key": "k", "picture": picture, "step": 0})
+    outbox.close("close", {}, Interrupts())
+    kept = json.loads((tmp_path / "n.jsonl").read_text())
+    assert Image.open(io.BytesIO(base64.b64decode(kept["picture"]))).tobytes() == picture.tobytes()
+
+
+def run_script(folder, script, variables=None):
+    """A script of its own, with `folder` as sys.argv[1] and the working directory."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | (variables or {})
+    command = [sys.executable, "-c", "import os, sys, time\n" + script, str(folder)]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+START = """
+from mhc_torch.tracking import start_logging, stop_logging
+def start(*backends, **config):
+    config = {"save_dir": sys.argv[1], "track_git": False, "track_system": False} | config
+    return start_logging("n", "p", list(backends), config=config)
+"""
+
+
+def test_ctrl_c_in_the_last_flush_sends_or_keeps_everything_once(new_folder):
+    folder = new_folder()
+    script = (
+        START
+        + """
+experiment = start("mlflow", backend_timeout=60)
+for step in range(5000):
+    experiment.log_metrics({"loss": step}, step)
+print("stopping", experiment.loggers[0].run_id, flush=True)
+stop_logging()
+"""
+    )
+    process = run_script(folder, script)
+    run_id = process.stdout.readline().split()[1]
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in errors
+    (file,) = (folder / "unsent").iterdir()
+    kept = [json.loads(line)["step"] for line in file.read_text().splitlines()]
+    scalars, _ = readers.mlflow_store(f"sqlite:///{folder}/mlflow.db", run_id, folder)
+    assert len(kept) > 100, "it was all sent before it was interrupted"
+    assert sorted(scalars["loss"]) + kept == list(range(5000))
+
+
+def test_a_forked_child_says_so_and_ends(tmp_path):
+    script = (
+        START
+        + """
+experiment = start("tensorboard")
+experiment.log_metrics({"loss": 0.0}, 0)
+if (child := os.fork()) == 0:
+    try:
+        experiment.log_metrics({"loss": 1.0}, 1)
+    except RuntimeError as error:
+        print(error, flush=True)
+    sys.exit(0)
+os.waitpid(child, 0)
+experiment.log_metrics({"loss": 2.0}, 2)
+"""
+    )
+    process = run_script(tmp_path, script)
+    try:
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "is a fork of it, in which nothing can be logged" in output, errors
+    assert readers.tensorboard(events(tmp_path))[0]["loss"] == {0: 0.0, 2: 2.0}
+
+
+def test_a_full_disk_costs_what_has_no_room_and_is_said(new_folder):
+    folder = new_folder()
+    script = (
+        START
+        + """
+import resource
+experiment = start("mlflow")
+experiment.log_metrics({"before": 1.0}, 0)
+experiment.flush()
+limit = os.path.getsize(sys.argv[1] + "/mlflow.db") + 2**20
+def room(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+for step in range(3):
+    room(0)  # for no file at all
+    experiment.log_metrics({"../refused": 1.0}, step)
+    experiment.flush()
+room(resource.RLIM_INFINITY)
+experiment.log_metrics({"after": 1.0}, 0)
+print(experiment.loggers[0].run_id)
+"""
+    )
+    process = run_script(folder, script)
+    try:
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    scalars, _ = readers.mlflow_store(f"sqlite:///{folder}/mlflow.db", output.strip(), folder)
+    assert scalars.keys() == {"before", "after"}, errors
+    (file,) = (folder / "unsent").iterdir()
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [0, 1, 2]
+    assert "records wait in memory" in errors
+
+
+def test_one_refused_name_costs_only_itself(new_folder, caplog):
+    folder = new_folder()
+    experiment = start_logging("n", "p", "mlflow", config=quiet(folder))
+    experiment.log_hyperparams({"good": 1, "bad?*": 2, "fine": {"deep": 3}})
+    experiment.log_metrics({"good": 1.0, "../bad": 2.0, "fine": 3.0}, 0)
+    with pytest.warns(RuntimeWarning, match="mlflow did not take 2 records"):
+        stop_logging()
+    logger = experiment.loggers[0]
+    uri = f"sqlite:///{folder}/mlflow.db"
+    assert readers.mlflow_parameters(uri, logger.run_id) == {"good": "1", "fine/deep": "3"}
+    assert readers.mlflow_store(uri, logger.run_id, folder)[0] == {"good": {0: 1.0}, "fine": {0: 3.0}}
+    kept = [json.loads(line) for line in logger.outbox.unsent.read_text().splitlines()]
+    assert [(record.get("params"), record.get("metrics")) for record in kept] == [
+        ({"bad?*": 2}, None),
+        (None, {"../bad": 2.0}),
+    ]
+
+
+@pytest.mark.parametrize("end", ["raise ZeroDivisionError('boom')", "sys.exit(1)", "raise KeyboardInterrupt", "pass"])
+def test_however_a_script_ends_every_backend_has_its_records(new_folder, end):
+    folder = new_folder()
+    script = (
+        START
+        + f"""
+experiment = start("mlflow", "clearml", "comet")
+for step in range(100):
+    experiment.log_metrics({{"loss": step}}, step)
+print("the run", experiment.loggers[0].run_id, flush=True)
+{end}
+"""
+    )
+    output, errors = run_script(folder, script).communicate(timeout=120)
+    (run_id,) = [line.split()[2] for line in output.splitlines() if line.startswith("the run ")]
+    expected = {step: step for step in range(100)}
+    assert readers.mlflow_store(f"sqlite:///{folder}/mlflow.db", run_id, folder)[0]["loss"] == expected, errors
+    assert readers.clearml_session(folder / "clearml", HEATMAP)[0]["loss"] == expected, errors
+    assert readers.comet_archive(folder / "comet", HEATMAP)[0]["loss"] == expected, errors
+    if "exit" not in end:  # its status is not to be had at exit
+        failed = "raise" in end
+        assert readers.mlflow_status(f"sqlite:///{folder}/mlflow.db", run_id) == ("FAILED" if failed else "FINISHED")
+        assert readers.comet_failed(folder / "comet") == failed
+
+
+def test_a_failed_run_is_failed_in_comet(tmp_path):
+    experiment = start_logging("n", "p", "comet", config=quiet(tmp_path))
+    experiment.stop("failed")
+    assert readers.comet_failed(tmp_path / "comet")
+
+
+def test_a_database_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"backend_url: cannot write to MLflow's database .*/folder"):
+        start_logging("n", "p", "mlflow", backend_url=f"sqlite:///{tmp_path}/folder", config=quiet(tmp_path))
+
+
+def test_checkpoints_lie_in_the_folder_of_the_experiment(new_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = new_folder()
+    start_logging("n", "p", "mlflow", config=quiet(folder))
+    trainer(enable_checkpointing=True).fit(Classifier(), loader(1))
+    stop_logging()
+    assert list(tmp_path.iterdir()) == []
+    assert len(list(folder.glob("*/*/checkpoints/*.ckpt"))) == 1
+
+
+def test_a_trainer_that_was_made_too_early_says_so(tmp_path):
+    early = trainer()
+    start_logging("a", "p", "tensorboard", config=quiet(tmp_path))
+    with pytest.warns(RuntimeWarning, match=r"made before the experiment 'a' .* experiment.attach\(trainer\)"):
+        early.fit(Classifier(), loader(1))
+    attached = trainer()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="this Trainer was made before")
+        attached.fit(Classifier(), loader(1))
+
+
+DRIVER = """
+// Stands for the driver of a GPU that knows its memory and not its utilization, as in MIG mode.
+#include <string.h>
+typedef struct { unsigned long long total, free, used; } Memory;
+int nvmlInitWithFlags(unsigned f) { return 0; }
+int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetCount_v2(unsigned *n) { *n = 1; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **d) { *d = (void *)1; return 0; }
+int nvmlDeviceGetUtilizationRates(void *d, void *u) { return 3; }  // NVML_ERROR_NOT_SUPPORTED
+int nvmlDeviceGetMemoryInfo(void *d, Memory *m) { m->total = m->free = m->used = 7ull << 20; return 0; }
+const char *nvmlErrorString(int e) { return "Not Supported"; }
+"""
+
+
+def test_a_gpu_that_does_not_know_one_query_is_asked_the_others(tmp_path):
+    if (compiler := shutil.which("cc")) is None:
+        pytest.skip("there is no C compiler")
+    (tmp_path / "driver.c").write_text(DRIVER)
+    library = tmp_path / "libnvidia-ml.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "driver.c"], check=True)
+    script = (
+        START
+        + """
+with start("tensorboard", track_system=True, metrics_interval=0.1) as experiment:
+    time.sleep(0.5)
+"""
+    )
+    environment = {"LD_LIBRARY_PATH": str(tmp_path)}
+    _, errors = run_script(tmp_path, script, variables=environment).communicate(timeout=120)
+    scalars = readers.tensorboard(events(tmp_path))[0]
+    assert len(scalars["system/cpu_percent"]) > 1, errors
+    assert set(scalars["system/gpu_0/memory_used_mib"].values()) == {7}
+    assert "system/gpu_0/utilization_percent" not in scalars
+    assert errors.count("no system metric gpu_0/utilization_percent") == 1
+
+
+def test_the_logger_that_lightning_makes_by_itself_comes_last(tmp_path):
+    experiment = start_logging("a", "p", "tensorboard", config=quiet(tmp_path / "runs"))
+    fitted = trainer(logger=True, default_root_dir=str(tmp_path))
+    fitted.fit(Classifier(), loader(1))
+    assert fitted.logger is experiment.loggers[0]
+    assert len(fitted.loggers) == 2
+
+
+def test_trainings_whose_steps_overlap_are_said(tmp_path):
+    start_logging("a", "p", "tensorboard", config=quiet(tmp_path))
+    first = trainer()
+    first.fit(Classifier(), loader(2))
+    first.fit_loop.max_epochs = 2
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="this training starts")
+        first.fit(Classifier(), loader(2))  # goes on
+    with pytest.warns(RuntimeWarning, match="starts at step 0, .* up to step 4: their steps overlap"):
+        trainer().fit(Classifier(), loader(1))

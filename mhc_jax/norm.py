@@ -1,0 +1,78 @@
+"""1 / rms(x) over the whole range of the dtype, though squares leave it halfway: 1e20 squared is infinite in float32.
+
+Squares are summed thrice: of the numbers as they are, and of large and of small ones scaled by a power of two, which
+changes no digit. One of the three sums is sound. For the dtype float32, where exponents end at 128,
+
+    sum (2^-72 x)^2 for sum x^2 above 2^120,      sum (2^72 x)^2 for sum x^2 below 2^-76.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+# In units of the largest exponent of the dtype over 128.
+_SHIFT, _LARGE, _SMALL = 72, 120, -76
+
+
+def scales(dtype: Any) -> tuple[float, float, float]:
+    """What numbers are multiplied with before they are squared, for each of the three sums."""
+    return 1.0, _power(dtype, -_SHIFT), _power(dtype, _SHIFT)
+
+
+def inverse_rms_of_squares(squares: Float[Array, "*batch 3"], size: int, epsilon: float) -> Float[Array, "*batch 1"]:
+    """``1 / sqrt(mean(x^2) + epsilon)`` from the sums of squares with each of the `scales`, of `size` numbers x."""
+    dtype = squares.dtype
+    plain, of_large, of_small = jnp.split(squares, 3, axis=-1)
+    candidates = [
+        lax.rsqrt(total / size + _scaled(epsilon, dtype, scale)) * scale
+        for total, scale in zip((plain, of_large, of_small), scales(dtype), strict=True)
+    ]
+    result = jnp.where(plain > _power(dtype, _LARGE), candidates[1], candidates[0])
+    # Where epsilon is what counts, the sum may well be rounded to zero.
+    if epsilon < _power(dtype, _SMALL) / size:
+        result = jnp.where((plain < _power(dtype, _SMALL)) & (of_small > 0), candidates[2], result)
+    return result
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+@partial(jax.jit, static_argnums=1, inline=True)
+def inverse_rms(x: Float[Array, "*batch size"], epsilon: float) -> Float[Array, "*batch 1"]:
+    """``1 / sqrt(mean(x^2) + epsilon)`` over the last axis."""
+
+    def of_scales(count: int, x: Array) -> Array:
+        sums = [jnp.sum(x * scale * (x * scale), axis=-1) for scale in scales(x.dtype)[:count]]
+        return jnp.stack(sums, axis=-1)
+
+    def on_demand(x: Array) -> Array:
+        # Here every sum is a pass over memory, where others take all three in one.
+        plain = of_scales(1, x)
+        sound = plain < _power(x.dtype, _LARGE)
+        if epsilon < _power(x.dtype, _SMALL) / x.shape[-1]:
+            sound &= plain > _power(x.dtype, _SMALL)
+        return lax.cond(
+            sound.all(), lambda: jnp.pad(plain, [(0, 0)] * (plain.ndim - 1) + [(0, 2)]), lambda: of_scales(3, x)
+        )
+
+    squares = lax.platform_dependent(x, cpu=on_demand, default=partial(of_scales, 3))
+    return inverse_rms_of_squares(squares, x.shape[-1], epsilon)
+
+
+@inverse_rms.defjvp
+def _inverse_rms_jvp(epsilon: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    inverse = inverse_rms(x, epsilon)
+    # In this order every product stays in range: x * inverse is about 1.
+    return inverse, -inverse * jnp.mean((x * inverse) * (dx * inverse), axis=-1, keepdims=True)
+
+
+def _power(dtype: Any, exponent: int) -> float:
+    return 2.0 ** (exponent * (jnp.finfo(dtype).maxexp // 128))
+
+
+def _scaled(epsilon: float, dtype: Any, scale: float) -> float:
+    # As a product of numbers in range; what is too large for the dtype is never asked for.
+    return min(epsilon * scale * scale, float(jnp.finfo(dtype).max))
