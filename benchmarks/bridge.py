@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from flax import nnx
@@ -47,7 +48,7 @@ def resnet(stage_sizes: Sequence[int], num_classes: int, features: int) -> tuple
     return ours, TorchResNet(stage_sizes, num_classes, features)
 
 
-def decoder(**sizes: int) -> tuple[nnx.Module, nn.Module]:
+def decoder(**sizes: Any) -> tuple[nnx.Module, nn.Module]:
     """A decoder with history, in both frameworks."""
     ours = jax_models.Decoder(jax_models.DecoderConfig(**sizes, tied=True), "history", rngs=nnx.Rngs(0))
     return ours, torch_models.Decoder(torch_models.DecoderConfig(**sizes, tied=True), "history")

@@ -50,7 +50,8 @@ def jax_step(model: nnx.Module, inputs: np.ndarray) -> tuple[Callable[[], Any], 
     optimizer = optax.adam(1e-3)
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        return nnx.merge(graphdef, params).loss(tokens)
+        merged: Any = nnx.merge(graphdef, params)
+        return merged.loss(tokens)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, tokens: jax.Array) -> tuple[Any, Any, jax.Array]:

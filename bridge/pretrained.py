@@ -70,7 +70,7 @@ def load_pretrained(folder: str | os.PathLike[str], decoder: Decoder) -> Decoder
         with torch.no_grad():
             for name, source in sources.items():
                 leaves[name].copy_(to_torch(reader.read(source)))
-        return decoder
+        return decoder  # type: ignore[return-value]
     found = match(decoder, _twin(decoder))
     sources = _sources(reader, found.torch, folder)
     links = {link.torch.path: link for link in found.links if link.torch.path in sources}

@@ -240,7 +240,7 @@ class StreamDecoderLayer(DecoderLayer):
         **options: Any,
     ) -> None:
         super().__init__(config, **options)
-        kind = {"config": streams, "implementation": implementation}
+        kind: dict[str, Any] = {"config": streams, "implementation": implementation}
         self.attn_hc = HyperConnections(None, config.features, layer_index=2 * index, **kind)
         self.ffn_hc = HyperConnections(None, config.features, layer_index=2 * index + 1, **kind)
 
@@ -261,7 +261,8 @@ class Decoder(nnx.Module):
         options: keywords of the connection that was named: the fields of `MHCConfig` or of `StreamConfig`.
         block_length: of how many layers the streams are kept once for the backward pass; see `streams.apply_layers`.
         implementation: "pallas" for the kernels of streams, as of `HyperConnections`.
-        attention: "plain" or "fused", see `mhc_jax.models.attention.attend`; None is "fused".
+        attention: "plain", "splash" or "cudnn", see `mhc_jax.models.attention.attend`; None is the kernel of JAX's default
+            device, where it has one.
         remat: names of what a layer keeps for the backward pass beside its input, out of `REMAT_NAMES`; all else is
             computed again, () keeps nothing. None keeps all that derivatives need.
         dtype: of the computation and the states; None is that of the parameters. Logits and loss are float32 at least.
@@ -370,10 +371,11 @@ class Decoder(nnx.Module):
 
     def _with_cache(self, x: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """The stack, layer by layer in a scan without derivatives of its own, which keys and values go along with."""
-        graphdef, params = nnx.split(self.stack.layers)
-        streams = isinstance(self.stack, StreamStack)
-        state = expand(x, self.stack.streams) if streams else History.create(x, self.stack.config.max_history)
-        weights = jnp.zeros((self.config.depth, 0)) if streams else self.stack.mixing_weights(gated=True)
+        stack: Any = self.stack
+        graphdef, params = nnx.split(stack.layers)
+        streams = isinstance(stack, StreamStack)
+        state: Any = expand(x, stack.streams) if streams else History.create(x, stack.config.max_history)
+        weights = jnp.zeros((self.config.depth, 0)) if streams else stack.mixing_weights(gated=True)
 
         def step(carry: tuple[Any, Array, Array, Array], layer: tuple[Any, Array, Array]) -> tuple[Any, None]:
             state, x, keys, values = carry

@@ -39,7 +39,7 @@ def generate(
     cache = model.init_cache(len(tokens), tokens.shape[1] + steps)
 
     def draw(logits: Array, step: Array | int) -> Array:
-        if greedy:
+        if greedy or key is None:
             return jnp.argmax(logits, axis=-1)
         return sample(logits / temperature, top_k, jax.random.fold_in(key, step))
 

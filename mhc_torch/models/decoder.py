@@ -274,10 +274,11 @@ class DecoderStack(nn.ModuleList):
         return reduce(x) if streams else x
 
     def _with_history(self, x: Tensor, config: MHCConfig, cache: KVCache | None) -> Tensor:
+        layers: Any = self
         buffer = HistoryBuffer(config.max_history, config.detach_history)
         states = buffer.with_state([], x)
-        tape = tape_of([layer.skip for layer in self], x, len(states), config.detach_history)
-        for layer in self:
+        tape = tape_of([layer.skip for layer in layers], x, len(states), config.detach_history)
+        for layer in layers:
             x = layer.skip(self._run(layer, x, cache), states, tape)
             states = buffer.with_state(states, x)
         return x

@@ -229,10 +229,10 @@ def test_on_a_tpu_no_scores_of_all_pairs_are_in_memory():
         tokens = jax.ShapeDtypeStruct((1, 257), jnp.int32)
         return lowered_for("tpu", jax.grad(lambda p, t: nnx.merge(graphdef, p).loss(t)), params, tokens)
 
-    assert "256x256xf32" in program("plain")
-    fused = program(None)
+    assert "2x256x256xf32" in program("plain")
+    fused = program("splash")
     assert "tpu_custom_call" in fused
-    assert "256x256xf32" not in fused
+    assert "256x256x" not in fused
 
 
 def test_bad_input_is_named():
@@ -261,7 +261,9 @@ def test_bad_input_is_named():
         (lambda: model.generate(TOKENS, 1, temperature=1.0), "key must be given"),
         (lambda: model.loss(TOKENS, TOKENS[:, 1:]), r"targets must have the shape \(2, 6\)"),
         (lambda: model.loss(TOKENS, chunk=0), "chunk must be at least 1, got 0"),
-        (lambda: Decoder(CONFIG, attention="flash", rngs=nnx.Rngs(0))(TOKENS), "must be 'plain', 'fused' or None"),
+        (lambda: Decoder(CONFIG, attention="flash", rngs=nnx.Rngs(0))(TOKENS), r"must be one of \('plain', 'splash', 'cudnn'\) or"),
+        (lambda: Decoder(CONFIG, attention="splash", rngs=nnx.Rngs(0))(TOKENS), "'splash' takes lengths .* q is float32"),
+        (lambda: Decoder(CONFIG, attention="cudnn", rngs=nnx.Rngs(0))(TOKENS), "'cudnn' takes heads .* q is float32"),
     ]:
         with pytest.raises(ValueError, match=text):
             call()
