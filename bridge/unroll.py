@@ -19,10 +19,10 @@ class StreamChain(nnx.Module):
         self.layers = nnx.List(layers)
         self.streams = streams
 
-    def __call__(self, x: Float[Array, "*tokens C"]) -> Float[Array, "*tokens C"]:
+    def __call__(self, x: Float[Array, "*tokens C"], *args: Any, **kwargs: Any) -> Float[Array, "*tokens C"]:
         wide = expand(x, self.streams)
         for layer in self.layers:
-            wide = layer(wide)
+            wide = layer(wide, *args, **kwargs)
         return reduce(wide)
 
 

@@ -2,7 +2,7 @@
 
 from mhc_jax.config import MHCConfig
 from mhc_jax.history import History
-from mhc_jax.mixing import apply_layers, apply_layers_reference, mix, mixing_weights
+from mhc_jax.mixing import apply_layers, apply_layers_carrying, apply_layers_reference, mix, mixing_weights
 from mhc_jax.projections import (
     project_doubly_stochastic,
     project_identity_preserving,
@@ -14,6 +14,7 @@ __all__ = [
     "History",
     "MHCConfig",
     "apply_layers",
+    "apply_layers_carrying",
     "apply_layers_reference",
     "mix",
     "mixing_weights",

@@ -374,13 +374,14 @@ def write(
 
     Raises:
         ValueError: if the output has not the shape of one stream.
-        TypeError: if the output has not the dtype of the streams.
+        TypeError: if the streams cannot hold the dtype of the output, as bfloat16 cannot float32.
     """
     expected = (*streams.shape[:-2], streams.shape[-1])
     if jnp.shape(output) != expected:
         raise ValueError(f"the branch must keep the shape of its input {expected}, its output has {jnp.shape(output)}")
-    if output.dtype != streams.dtype:
-        raise TypeError(f"the branch must keep the dtype of the streams {streams.dtype}, its output has {output.dtype}")
+    if jnp.promote_types(output.dtype, streams.dtype) != streams.dtype:
+        raise TypeError(f"the output of the branch must fit into the streams, {streams.dtype}, and has {output.dtype}")
+    output = output.astype(streams.dtype)
     _check_implementation(implementation)
     return _write(streams, output, post, res, implementation)
 
@@ -454,7 +455,8 @@ def apply_layers(
     *,
     block_length: int = 1,
     policy: Callable[..., bool] | None = None,
-) -> Float[Array, "*tokens n C"]:
+    carries: bool = False,
+) -> Any:
     """`streams = layer(params_l, streams)` for every l, as a scan: compile time does not grow with depth.
 
     Args:
@@ -464,6 +466,10 @@ def apply_layers(
             every layer. With more, those inside a block are computed again from the outputs of its branches, which
             are kept: the branches themselves never run twice. `optimal_block_length` needs the least memory.
         policy: what of a layer to keep beside its streams (`jax.checkpoint_policies`); the rest is computed again, too.
+        carries: whether a layer gives (streams, beside), for caches, statistics and losses of single layers.
+
+    Returns:
+        The streams after the last layer; with `carries` (streams, what the layers gave beside, with a leading axis L).
 
     Raises:
         ValueError: if block_length does not divide L.
@@ -478,31 +484,34 @@ def apply_layers(
     if block_length < 1 or depth % block_length:
         raise ValueError(f"block_length must divide the depth {depth}, got {block_length}")
     if depth == 0:
-        return streams
+        return (streams, None) if carries else streams
     first = jax.eval_shape(lambda params: jax.tree.map(lambda leaf: leaf[0], params), params)
     function, shared = trace(layer, first, streams)
-    return _scan(function, block_length, policy, shared, params, streams)
+    streams, beside = _scan(function, block_length, policy, carries, shared, params, streams)
+    return (streams, beside) if carries else streams
 
 
 # Compiled, so that a call outside jit finds what an earlier one compiled; not inline, so that its derivative does too.
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _scan(
     function: Traced,
     block_length: int,
     policy: Callable[..., bool] | None,
+    carries: bool,
     shared: list[Array],
     params: Any,
     streams: Array,
-) -> Array:
-    def step(streams: Array, params: Any) -> tuple[Array, None]:
-        return function(shared, params, streams), None
+) -> tuple[Array, Any]:
+    def step(streams: Array, params: Any) -> tuple[Array, Any]:
+        result = function(shared, params, streams)
+        return result if carries else (result, None)
 
     if block_length == 1:
         if policy is not None:
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-        return jax.lax.scan(step, streams, params)[0]
+        return jax.lax.scan(step, streams, params)
 
-    def block(streams: Array, params: Any) -> tuple[Array, None]:
+    def block(streams: Array, params: Any) -> tuple[Array, Any]:
         return jax.lax.scan(step, streams, params)
 
     def keep(operation: Any, *inputs: Any, **options: Any) -> bool:
@@ -512,7 +521,8 @@ def _scan(
 
     recomputed = jax.checkpoint(block, policy=keep, prevent_cse=False)
     blocks = jax.tree.map(lambda p: p.reshape(-1, block_length, *p.shape[1:]), params)
-    return jax.lax.scan(recomputed, streams, blocks)[0]
+    streams, beside = jax.lax.scan(recomputed, streams, blocks)
+    return streams, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), beside)
 
 
 def optimal_block_length(streams: int, depth: int) -> int:

@@ -265,7 +265,9 @@ class Decoder(nnx.Module):
             device, where it has one.
         remat: names of what a layer keeps for the backward pass beside its input, out of `REMAT_NAMES`; all else is
             computed again, () keeps nothing. None keeps all that derivatives need.
-        dtype: of the computation and the states; None is that of the parameters. Logits and loss are float32 at least.
+        dtype: of the computation; None is that of the parameters. Logits and loss are float32 at least.
+        state_dtype: of what layers pass on to each other; None is that of the computation. float32 states around
+            bfloat16 layers cost memory, and add up exactly.
         param_dtype: of the parameters; those of the connection are always float32.
         rngs: for the parameters, and for the noise of `stochastic`.
 
@@ -300,11 +302,13 @@ class Decoder(nnx.Module):
         attention: kernels.Attention = None,
         remat: tuple[str, ...] | None = None,
         dtype: Any = None,
+        state_dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
         self.config = config
+        self.state_dtype = state_dtype
         kind = {"attention": attention, "dtype": dtype, "param_dtype": param_dtype}
         self.embed_tokens = nnx.Embed(
             config.vocabulary, config.features, dtype=dtype, param_dtype=param_dtype, rngs=rngs
@@ -361,6 +365,7 @@ class Decoder(nnx.Module):
         if jnp.ndim(tokens) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers of shape (B, T), got {tokens.dtype}{list(jnp.shape(tokens))}")
         x = self.embed_tokens(tokens)
+        x = x.astype(self.state_dtype or x.dtype)
         if cache is None:
             return self.norm(self.stack(x))
         if cache.keys.shape[1] != len(tokens):
@@ -382,7 +387,7 @@ class Decoder(nnx.Module):
             params, weights, index = layer
             here = LayerCache(keys, values, cache.length, index)
             y = nnx.merge(graphdef, params)(x, here)
-            x = y if streams else mix(y, state.window, weights)
+            x = y if streams else mix(y.astype(x.dtype), state.window, weights)
             return (y if streams else state.push(x), x, here.keys, here.values), None
 
         start = (state, state if streams else x, cache.keys, cache.values)

@@ -8,7 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mhc_jax import streams as functional
-from mhc_jax.nn.merged import Merged
+from mhc_jax.nn.errors import noted
+from mhc_jax.nn.merged import Merged, drawn_streams, keep, stacked
+from mhc_jax.nn.skip import check_options
 from mhc_jax.streams import HeadParams, Implementation, StreamConfig, StreamParams
 
 
@@ -116,19 +118,19 @@ class StreamStack(nnx.Module):
 
     Args:
         make_layer: makes one layer, (rngs, index) -> module, of `HyperConnections`: it maps streams to streams. The
-            index is traced; its variables are parameters only.
+            index is traced. A layer may use dropout, keep batch statistics or a cache, and sow.
         depth: number of layers L.
         streams: number n of streams.
         block_length: of how many layers the streams are kept once for the backward pass; see `streams.apply_layers`.
         policy: what else of a layer to keep (`jax.checkpoint_policies`); the default is all its derivative needs.
-        rngs: for the layers.
+        rngs: for the layers; one with dropout draws from the stream `dropout`.
 
     Attributes:
-        layers: one module of the layer's type, whose parameters have a leading axis of length L.
+        layers: one module of the layer's type, whose variables have a leading axis of length L.
+        deterministic: no layer draws; set by `model.eval()` and `model.train()`.
 
     Raises:
         ValueError: depth is below 1.
-        TypeError: a layer holds variables that are not parameters.
 
     Example:
         >>> import jax.numpy as jnp
@@ -156,25 +158,38 @@ class StreamStack(nnx.Module):
         self.streams = streams
         self.block_length = block_length
         self.policy = policy
-        self.layers = nnx.vmap(make_layer)(rngs.split(depth), jnp.arange(depth))
-        others = nnx.state(self.layers, nnx.Not(nnx.Param))
-        if others:
-            raise TypeError(f"make_layer: StreamStack keeps parameters only, got {nnx.to_flat_state(others)}")
+        self.layers = stacked(make_layer, depth, rngs.split(depth), jnp.arange(depth))
+        self.deterministic = False
 
-    def __call__(self, x: Float[Array, "*tokens C"]) -> Float[Array, "*tokens C"]:
-        graphdef, params = nnx.split(self.layers)
-        wide = functional.apply_layers(
-            Merged(graphdef),
-            params,
-            functional.expand(x, self.streams),
-            block_length=self.block_length,
-            policy=self.policy,
-        )
+    def __call__(self, x: Float[Array, "*tokens C"], *args: Any, **kwargs: Any) -> Float[Array, "*tokens C"]:
+        """The mean of the streams after the last layer. Further arguments reach every layer, the same for all.
+
+        Raises:
+            TypeError: a layer writes its parameters.
+        """
+        graphdef, variables, _ = nnx.split(self.layers, nnx.Not(nnx.RngState), ...)
+        variables = nnx.merge_state(variables, drawn_streams(self.layers, self.deterministic))
+        with noted(f"in the layers of StreamStack ({type(self.layers).__name__})"):
+            wide, carried = functional.apply_layers(
+                Merged(graphdef, args, kwargs, carries=True),
+                variables,
+                functional.expand(x, self.streams),
+                block_length=self.block_length,
+                policy=self.policy,
+                carries=True,
+            )
+        keep(self.layers, carried)
         return functional.reduce(wide)
 
 
 def as_stream_config(config: StreamConfig | None, options: dict[str, Any]) -> StreamConfig:
-    """The config a module was given, or the one its keywords make; a ValueError if it was given both."""
+    """The config a module was given, or the one its keywords make.
+
+    Raises:
+        ValueError: both are given, or a value is out of range.
+        TypeError: a keyword is not a field of `StreamConfig`.
+    """
+    check_options(StreamConfig, options)
     if config is None:
         return StreamConfig(**options)
     if options:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -16,34 +17,35 @@ from mhc_jax.nn.skip import MHCSkip, as_config, stack_weights
 class MHCSequential(nnx.Module):
     """`x_{l+1} = f_l(x_l) + g_l * sum_k alpha_{l,k} x_k` for each module f_l in turn; the window includes the input.
 
-    For modules that differ, or that keep batch statistics; every layer is compiled on its own. For many equal layers
-    `MHCStack` computes the same with a compile time that does not grow with depth.
+        For modules that differ, or that keep batch statistics; every layer is compiled on its own. For many equal layers
+        `MHCStack` computes the same with a compile time that does not grow with depth.
 
-    Args:
-        modules: the branches f_l, each from one array to one array.
-        max_history: window H, 4 by default.
-        config: all options in one value; or give them as keywords, the fields of `MHCConfig`.
-        features: with `auto_project`, the widths (last axes) of the states x_0, ..., x_L.
-        policy: what of a branch to keep for the backward pass (`jax.checkpoint_policies`); the default keeps everything
-            its derivative needs.
-        rngs: needed for `stochastic` and `auto_project`.
+        Args:
+            modules: the branches f_l, each from one array to one array.
+            max_history: window H, 4 by default.
+            config: all options in one value; or give them as keywords, the fields of `MHCConfig`.
+            features: with `auto_project`, the widths (last axes) of the states x_0, ..., x_L.
+            policy: what of a branch to keep for the backward pass (`jax.checkpoint_policies`); the default keeps everything
+                its derivative needs.
+            rngs: needed for `stochastic` and `auto_project`.
 
-    Attributes:
-        wrapped_modules: the branches, an `nnx.List`.
-        skip_layers: one `MHCSkip` for each branch, an `nnx.List`.
+        Attributes:
+            wrapped_modules: the branches, an `nnx.List`.
+            skip_layers: one `MHCSkip` for each branch, an `nnx.List`.
 
-    Raises:
-        ValueError: as `MHCSkip`; `modules` is empty; `features` does not fit, in number or in that a window would
-            hold states of two other widths.
+        Raises:
+            ValueError: as `MHCSkip`; `modules` is empty; `features` does not fit, in number or in that a window would
+                hold states of two other widths.
 
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from mhc_jax.nn import MHCSequential
-        >>> rngs = nnx.Rngs(0)
-        >>> model = MHCSequential([nnx.Linear(8, 8, rngs=rngs), nnx.LayerNorm(8, rngs=rngs)], max_history=4)
-        >>> model(jnp.ones((2, 8))).shape
-        (2, 8)
+        Example:
+            >>> import jax.numpy as jnp
+            >>> import jax.numpy as jnp
+    from flax import nnx
+            >>> from mhc_jax.nn import MHCSequential
+            >>> rngs = nnx.Rngs(0)
+            >>> model = MHCSequential([nnx.Linear(8, 8, rngs=rngs), nnx.LayerNorm(8, rngs=rngs)], max_history=4)
+            >>> model(jnp.ones((2, 8))).shape
+            (2, 8)
     """
 
     def __init__(
@@ -75,19 +77,26 @@ class MHCSequential(nnx.Module):
             for widths in (_widths(layer, config, features) for layer in range(depth))
         )
 
-    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*out"]:
-        """The last state.
+    def __call__(self, x: Float[Array, "*shape"], *args: Any, **kwargs: Any) -> Float[Array, "*out"]:
+        """The last state. Further arguments reach every layer, the same for all: a mask, positions.
 
         Raises:
             ValueError: as `MHCSkip.__call__`; a note on any error says in which layer it came up.
         """
-        call = _call if self.policy is None else nnx.remat(_call, policy=self.policy)
+
+        def call(module: nnx.Module, x: Array) -> Array:
+            return module(x, *args, **kwargs)
+
+        if self.policy is not None:
+            call = nnx.remat(call, policy=self.policy)
         expect_finite(x, "input of MHCSequential")
         states = [x]
         for layer, (module, skip) in enumerate(zip(self.wrapped_modules, self.skip_layers, strict=True)):
             name = f"layer {layer} ({type(module).__name__})"
             with noted(f"in {name}"):
                 y = call(module, states[-1])
+                if jnp.promote_types(y.dtype, states[-1].dtype) == states[-1].dtype:
+                    y = y.astype(states[-1].dtype)  # float32 states around bfloat16 branches stay what they are
                 states.append(skip(y, states))
             expect_finite(skip.mixing_logits, f"mixing_logits of layer {layer}")
             expect_finite(y, f"branch of {name}")
@@ -96,10 +105,6 @@ class MHCSequential(nnx.Module):
     def mixing_weights(self, *, gated: bool = False) -> Float[Array, "L H"]:
         """The weights of every layer, the latest state last, 0 where there is none yet; otherwise as `MHCSkip`'s."""
         return stack_weights(self.skip_layers, gated)
-
-
-def _call(module: nnx.Module, x: Array) -> Array:
-    return module(x)
 
 
 def _widths(layer: int, config: MHCConfig, features: Sequence[int] | None) -> dict[str, int]:

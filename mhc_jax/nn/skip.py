@@ -27,11 +27,19 @@ def as_config(config: MHCConfig | None, max_history: int | None, options: dict[s
     """
     if max_history is not None:
         options = {"max_history": max_history, **options}
+    check_options(MHCConfig, options)
     if config is None:
         return MHCConfig(**options)
     if options:
         raise ValueError(f"config: give either a config or the keywords {sorted(options)}, not both")
     return config
+
+
+def check_options(kind: type, options: dict[str, Any]) -> None:
+    """A TypeError if a keyword is not a field of `kind`, the config that a module takes its options from."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    if unknown := [name for name in options if name not in known]:
+        raise TypeError(f"options must be among {known}, got {unknown}")
 
 
 def initial_logits(config: MHCConfig, *layers: int) -> Float[Array, "*layers H"]:

@@ -261,8 +261,14 @@ def test_bad_input_is_named():
         (lambda: model.generate(TOKENS, 1, temperature=1.0), "key must be given"),
         (lambda: model.loss(TOKENS, TOKENS[:, 1:]), r"targets must have the shape \(2, 6\)"),
         (lambda: model.loss(TOKENS, chunk=0), "chunk must be at least 1, got 0"),
-        (lambda: Decoder(CONFIG, attention="flash", rngs=nnx.Rngs(0))(TOKENS), r"must be one of \('plain', 'splash', 'cudnn'\) or"),
-        (lambda: Decoder(CONFIG, attention="splash", rngs=nnx.Rngs(0))(TOKENS), "'splash' takes lengths .* q is float32"),
+        (
+            lambda: Decoder(CONFIG, attention="flash", rngs=nnx.Rngs(0))(TOKENS),
+            r"must be one of \('plain', 'splash', 'cudnn'\) or",
+        ),
+        (
+            lambda: Decoder(CONFIG, attention="splash", rngs=nnx.Rngs(0))(TOKENS),
+            "'splash' takes lengths .* q is float32",
+        ),
         (lambda: Decoder(CONFIG, attention="cudnn", rngs=nnx.Rngs(0))(TOKENS), "'cudnn' takes heads .* q is float32"),
     ]:
         with pytest.raises(ValueError, match=text):

@@ -161,7 +161,7 @@ def test_bad_input_is_refused():
         layer(x.long())
     with pytest.raises(ValueError, match=r"keep the shape of its input \(3, 8\), its output has \(3, 4\)"):
         HyperConnections(nn.Linear(8, 4), 8)(x)
-    with pytest.raises(TypeError, match=r"dtype of the streams torch.bfloat16, its output has torch.float32"):
+    with pytest.raises(TypeError, match=r"fit into the streams, torch.bfloat16, and has torch.float32"):
         streams.write(x.bfloat16(), x[:, 0], torch.ones(3, 4), torch.ones(3, 4, 4))
     with pytest.raises(ValueError, match="streams must be between 1 and 16, got 0"):
         HyperConnections(nn.Identity(), 8, streams=0)
