@@ -34,9 +34,9 @@ def attend(
     Args:
         q, k, v: queries, keys and values; N is a multiple of K.
         mask: which keys a query sees; None is causal, with T = S. With a mask the form is always plain.
-        implementation: "plain" for einsum and softmax, "splash" for the kernel of TPUs, "cudnn" for that of NVIDIA GPUs;
-            None for the kernel of JAX's default device if it has one that takes these arrays, the plain form if not. To
-            compile for another machine, name it.
+        implementation: "plain" for einsum and softmax, "splash" for the kernel of TPUs, "cudnn" for that of NVIDIA
+            GPUs; None for the kernel of JAX's default device if it has one that takes these arrays, the plain form if
+            not. To compile for another machine, name it.
 
     Returns:
         In the dtype of `v`; the softmax is taken in float32 at least.
@@ -56,7 +56,7 @@ def attend(
         raise ValueError(f"implementation must be one of {('plain', *_KERNELS)} or None, got {implementation!r}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"q must have a multiple of the {k.shape[2]} heads of k and v, got {q.shape[2]}")
-    # At trace time and not by `jax.lax.platform_dependent`: what the derivative of each form keeps would be kept for all.
+    # While tracing, not by `jax.lax.platform_dependent`: there, what one form keeps for its derivative all forms keep.
     chosen = _BY_BACKEND.get(jax.default_backend(), "plain") if implementation is None else implementation
     if mask is not None or chosen == "plain":
         return _plain(q, k, v, mask)

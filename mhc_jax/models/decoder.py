@@ -261,8 +261,8 @@ class Decoder(nnx.Module):
         options: keywords of the connection that was named: the fields of `MHCConfig` or of `StreamConfig`.
         block_length: of how many layers the streams are kept once for the backward pass; see `streams.apply_layers`.
         implementation: "pallas" for the kernels of streams, as of `HyperConnections`.
-        attention: "plain", "splash" or "cudnn", see `mhc_jax.models.attention.attend`; None is the kernel of JAX's default
-            device, where it has one.
+        attention: "plain", "splash" or "cudnn", see `mhc_jax.models.attention.attend`; None is the kernel of JAX's
+            default device, where it has one.
         remat: names of what a layer keeps for the backward pass beside its input, out of `REMAT_NAMES`; all else is
             computed again, () keeps nothing. None keeps all that derivatives need.
         dtype: of the computation; None is that of the parameters. Logits and loss are float32 at least.

@@ -167,8 +167,9 @@ class StreamStack(nnx.Module):
         Raises:
             TypeError: a layer writes its parameters.
         """
-        graphdef, variables, _ = nnx.split(self.layers, nnx.Not(nnx.RngState), ...)
-        variables = nnx.merge_state(variables, drawn_streams(self.layers, self.deterministic))
+        graphdef = nnx.graphdef(self.layers)
+        held, drawn = nnx.state(self.layers, nnx.Not(nnx.RngState)), drawn_streams(self.layers, self.deterministic)
+        variables = nnx.merge_state(held, drawn)
         with noted(f"in the layers of StreamStack ({type(self.layers).__name__})"):
             wide, carried = functional.apply_layers(
                 Merged(graphdef, args, kwargs, carries=True),

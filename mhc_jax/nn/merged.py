@@ -94,9 +94,13 @@ def keep(layers: Any, carried: nnx.State) -> None:
     for path, variable in nnx.to_flat_state(carried):
         node = layers
         for name in path[:-1]:
-            node = node[name] if isinstance(name, int) else getattr(node, name)
-        held = getattr(node, path[-1], None)
+            node = _child(node, name)
+        held = _child(node, path[-1])
         if isinstance(held, nnx.Variable):
             held.set_value(variable.get_value())
         else:  # the first call of the layer made it
-            setattr(node, path[-1], type(variable)(variable.get_value()))
+            setattr(node, str(path[-1]), type(variable)(variable.get_value()))
+
+
+def _child(node: Any, name: Any) -> Any:
+    return node[name] if isinstance(name, int) else getattr(node, name, None)

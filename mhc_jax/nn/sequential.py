@@ -17,35 +17,34 @@ from mhc_jax.nn.skip import MHCSkip, as_config, stack_weights
 class MHCSequential(nnx.Module):
     """`x_{l+1} = f_l(x_l) + g_l * sum_k alpha_{l,k} x_k` for each module f_l in turn; the window includes the input.
 
-        For modules that differ, or that keep batch statistics; every layer is compiled on its own. For many equal layers
-        `MHCStack` computes the same with a compile time that does not grow with depth.
+    For modules that differ; every layer is compiled on its own. For many equal layers
+    `MHCStack` computes the same with a compile time that does not grow with depth.
 
-        Args:
-            modules: the branches f_l, each from one array to one array.
-            max_history: window H, 4 by default.
-            config: all options in one value; or give them as keywords, the fields of `MHCConfig`.
-            features: with `auto_project`, the widths (last axes) of the states x_0, ..., x_L.
-            policy: what of a branch to keep for the backward pass (`jax.checkpoint_policies`); the default keeps everything
-                its derivative needs.
-            rngs: needed for `stochastic` and `auto_project`.
+    Args:
+        modules: the branches f_l, each from one array to one array.
+        max_history: window H, 4 by default.
+        config: all options in one value; or give them as keywords, the fields of `MHCConfig`.
+        features: with `auto_project`, the widths (last axes) of the states x_0, ..., x_L.
+        policy: what of a branch to keep for the backward pass (`jax.checkpoint_policies`); the default keeps everything
+            its derivative needs.
+        rngs: needed for `stochastic` and `auto_project`.
 
-        Attributes:
-            wrapped_modules: the branches, an `nnx.List`.
-            skip_layers: one `MHCSkip` for each branch, an `nnx.List`.
+    Attributes:
+        wrapped_modules: the branches, an `nnx.List`.
+        skip_layers: one `MHCSkip` for each branch, an `nnx.List`.
 
-        Raises:
-            ValueError: as `MHCSkip`; `modules` is empty; `features` does not fit, in number or in that a window would
-                hold states of two other widths.
+    Raises:
+        ValueError: as `MHCSkip`; `modules` is empty; `features` does not fit, in number or in that a window would
+            hold states of two other widths.
 
-        Example:
-            >>> import jax.numpy as jnp
-            >>> import jax.numpy as jnp
-    from flax import nnx
-            >>> from mhc_jax.nn import MHCSequential
-            >>> rngs = nnx.Rngs(0)
-            >>> model = MHCSequential([nnx.Linear(8, 8, rngs=rngs), nnx.LayerNorm(8, rngs=rngs)], max_history=4)
-            >>> model(jnp.ones((2, 8))).shape
-            (2, 8)
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from mhc_jax.nn import MHCSequential
+        >>> rngs = nnx.Rngs(0)
+        >>> model = MHCSequential([nnx.Linear(8, 8, rngs=rngs), nnx.LayerNorm(8, rngs=rngs)], max_history=4)
+        >>> model(jnp.ones((2, 8))).shape
+        (2, 8)
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class MHCSequential(nnx.Module):
             ValueError: as `MHCSkip.__call__`; a note on any error says in which layer it came up.
         """
 
-        def call(module: nnx.Module, x: Array) -> Array:
+        def call(module: Any, x: Array) -> Array:
             return module(x, *args, **kwargs)
 
         if self.policy is not None:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -87,8 +86,9 @@ class MHCStack(nnx.Module):
             ValueError: a branch changes the shape of its input.
             TypeError: a branch writes its parameters.
         """
-        graphdef, params, carried, _ = nnx.split(self.layers, nnx.Param, CARRIED, ...)
-        streams = drawn_streams(self.layers, self.deterministic)
+        graphdef = nnx.graphdef(self.layers)
+        params, carried = nnx.state(self.layers, nnx.Param, CARRIED)
+        streams: Any = drawn_streams(self.layers, self.deterministic)
         options: dict[str, Any] = {
             "gate_logits": self.gate_logit[...] if self.config.use_gating else None,
             "mixing_key": self.rngs() if self.config.stochastic and not self.deterministic else None,
@@ -96,7 +96,7 @@ class MHCStack(nnx.Module):
         }
         mixing = self.mixing_logits[...], self.config
         with noted(f"in the layers of MHCStack ({type(self.layers).__name__})"):
-            if not jax.tree.leaves(carried):
+            if not nnx.to_flat_state(carried):
                 try:
                     return apply_layers(Merged(graphdef, args, kwargs), params, x, *mixing, keys=streams, **options)
                 except Carries:

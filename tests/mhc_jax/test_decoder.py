@@ -269,7 +269,7 @@ def test_bad_input_is_named():
             lambda: Decoder(CONFIG, attention="splash", rngs=nnx.Rngs(0))(TOKENS),
             "'splash' takes lengths .* q is float32",
         ),
-        (lambda: Decoder(CONFIG, attention="cudnn", rngs=nnx.Rngs(0))(TOKENS), "'cudnn' takes heads .* q is float32"),
+        (lambda: decoder("residual", attention="cudnn")(TOKENS), "'cudnn' takes heads .* q is float32"),
     ]:
         with pytest.raises(ValueError, match=text):
             call()
