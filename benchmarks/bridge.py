@@ -26,7 +26,7 @@ from benchmarks.timing import Spread, environment, interleaved, ratio, write_jso
 
 
 class TorchResNet(nn.Module):
-    """The torch form of `mhc_jax.nn.MHCResNet` with bottleneck blocks."""
+    """The torch form of `mhc_jax.models.MHCResNet` with bottleneck blocks."""
 
     def __init__(self, stage_sizes: Sequence[int], num_classes: int, features: int) -> None:
         super().__init__()
@@ -44,7 +44,8 @@ class TorchResNet(nn.Module):
 
 def resnet(stage_sizes: Sequence[int], num_classes: int, features: int) -> tuple[nnx.Module, nn.Module]:
     """A ResNet with history, in both frameworks; (3, 4, 6, 3), 1000 and 64 are the sizes of ResNet-50."""
-    ours = jax_mhc.MHCResNet(stage_sizes, num_classes, features=features, block=jax_mhc.MHCBottleneck, rngs=nnx.Rngs(0))
+    block = jax_mhc.MHCBottleneck
+    ours = jax_models.MHCResNet(stage_sizes, num_classes, features=features, block=block, rngs=nnx.Rngs(0))
     return ours, TorchResNet(stage_sizes, num_classes, features)
 
 

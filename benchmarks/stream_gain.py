@@ -20,8 +20,8 @@ from flax import nnx
 
 from benchmarks.record import RESULTS, output_file
 from benchmarks.timing import environment, write_json
-from mhc_jax.diagnostics import composite_gain
 from mhc_jax.models import Decoder, DecoderConfig
+from mhc_jax.monitoring.figures import composite_gain
 from mhc_jax.streams import expand, maps
 
 WIDTH, STREAMS, BATCH, LENGTH, EVERY = 32, 4, 4, 32, 10

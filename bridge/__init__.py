@@ -1,16 +1,16 @@
 """Moves weights between `mhc_jax` and `mhc_torch`, and proves that both compute the same function."""
 
-from bridge import table  # noqa: F401 - declares the rules
-from bridge.call import JaxFunction, JaxModule
-from bridge.callback import torch_function
-from bridge.convert import convert
-from bridge.files import convert_file, load, save
-from bridge.match import match
-from bridge.optimizers import convert_optimizer
-from bridge.pretrained import load_pretrained, read_config
-from bridge.report import Report
-from bridge.rules import Child, Leaf, Setting, register
-from bridge.verify import verify
+from bridge.calls.jax_in_torch import JaxFunction, JaxModule
+from bridge.calls.torch_in_jax import torch_function
+from bridge.proof.report import Report
+from bridge.proof.verify import verify
+from bridge.weights import table  # noqa: F401 - declares the rules
+from bridge.weights.convert import convert
+from bridge.weights.files import convert_file, load, save
+from bridge.weights.match import match
+from bridge.weights.optimizers import convert_optimizer
+from bridge.weights.pretrained import load_pretrained, read_config
+from bridge.weights.rules import Child, Leaf, Setting, register
 
 __all__ = [
     "Child",

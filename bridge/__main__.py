@@ -16,7 +16,7 @@ from flax import nnx
 from torch import nn
 
 import bridge
-from bridge.formats import Piece, open_file, write
+from bridge.weights.formats import Piece, open_file, write
 
 _EXAMPLES = """\
 examples:

@@ -9,7 +9,7 @@ import torch
 from flax import nnx
 
 import bridge
-from bridge.metrics import compare
+from bridge.proof.metrics import compare
 from demo import jax_side, torch_side
 from demo.data import Split, epoch_batches
 from demo.record import Check

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from demo.data import CLASSES, PIXELS, Split, epoch_batches
 from demo.record import Run
 from demo.settings import DEPTH, EPOCHS, LEARNING_RATE, MIXING, WIDTH, decay
-from mhc_jax import diagnostics
+from mhc_jax.monitoring import diagnostics
 from mhc_jax.nn import MHCStack
 from mhc_jax.training import TrainState, make_train_step
 

@@ -10,7 +10,7 @@ from demo import jax_side, torch_side
 from demo.data import Split
 from demo.record import Check
 from demo.settings import SEED
-from mhc_jax import checkpoint
+from mhc_jax.training import checkpoint
 
 
 def check_reloads(

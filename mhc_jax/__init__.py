@@ -1,8 +1,7 @@
 """Manifold-constrained hyper-connections in JAX: pure functions first, Flax NNX modules as a thin skin on them."""
 
-from mhc_jax.config import MHCConfig
-from mhc_jax.history import History
-from mhc_jax.mixing import apply_layers, apply_layers_carrying, apply_layers_reference, mix, mixing_weights
+from mhc_jax.history import History, apply_layers, apply_layers_carrying, apply_layers_reference, mix, mixing_weights
+from mhc_jax.history.config import MHCConfig
 from mhc_jax.projections import (
     project_doubly_stochastic,
     project_identity_preserving,

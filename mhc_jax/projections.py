@@ -3,6 +3,9 @@
 Every projection computes in float32, or in float64 for float64 logits, and returns that dtype.
 """
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import jax
@@ -139,9 +142,8 @@ def computed_in(dtype: Any) -> Any:
 
 def check_temperature(temperature: float) -> None:
     """Raises a ValueError for what float32 cannot divide by: below its smallest normal number it may hold 0."""
-    least = float(jnp.finfo(jnp.float32).tiny)
-    if not least <= temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite, {least:.2g} at least, got {temperature!r}")
+    if not 2.0**-126 <= temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}; the least in float32 is 2**-126")
 
 
 def _scaled(logits: Array, temperature: float, axis: int | tuple[int, int] = -1) -> Array:
@@ -149,3 +151,29 @@ def _scaled(logits: Array, temperature: float, axis: int | tuple[int, int] = -1)
     logits = logits.astype(computed_in(logits.dtype))
     # Weights do not change when all logits move together. The largest at 0, what overflows is minus infinity.
     return (logits - lax.stop_gradient(logits.max(axis=axis, keepdims=True))) / temperature
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A manifold that mixing weights may lie on, as `MHCConfig.constraint` names it.
+
+    Attributes:
+        function: (logits (*batch, K), **options) -> weights (*batch, K), float32 or float64, differentiable; a logit
+            of -inf, a state that does not exist, must get weight 0.
+        options: the fields of `MHCConfig` that `function` takes as keywords; no others change what it computes.
+    """
+
+    function: Callable[..., Array]
+    options: tuple[str, ...] = ("temperature",)
+
+    def __call__(self, logits: Float[Array, "*batch K"], config: Any) -> Float[Array, "*batch K"]:
+        """The weights of `logits` under the options of `config`."""
+        return self.function(logits, **{name: getattr(config, name) for name in self.options})
+
+
+PROJECTIONS: dict[str, Projection] = {
+    "simplex": Projection(project_simplex),
+    "identity": Projection(project_identity_preserving, ("epsilon", "temperature")),
+    "sparse": Projection(project_sparse_simplex),
+}
+"""The manifolds that `MHCConfig.constraint` may name. One entry adds one."""

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from mhc_torch import utils
-from mhc_torch.config import (
+from mhc_torch.history.config import (
     MHCConfig,
     get_default_config,
     load_config_from_toml,
@@ -11,13 +11,7 @@ from mhc_torch.config import (
     resolve_default,
     set_default_config,
 )
-from mhc_torch.constraints import (
-    project_doubly_stochastic,
-    project_identity_preserving,
-    project_simplex,
-    project_sparse_simplex,
-)
-from mhc_torch.layers import (
+from mhc_torch.nn import (
     HistoryBuffer,
     HyperConnections,
     MatrixMHCSkip,
@@ -31,6 +25,12 @@ from mhc_torch.layers import (
     share_history,
 )
 from mhc_torch.presets import get_preset
+from mhc_torch.projections import (
+    project_doubly_stochastic,
+    project_identity_preserving,
+    project_simplex,
+    project_sparse_simplex,
+)
 from mhc_torch.utils import (
     OPTIONAL,
     ForwardProfiler,

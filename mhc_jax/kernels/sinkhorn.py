@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from mhc_jax import sinkhorn as xla
-from mhc_jax.kernels.blocks import LANES, on_every_platform
 from mhc_jax.kernels.choice import implemented
+from mhc_jax.kernels.launch import LANES, on_every_platform
 
 # Rows of 128 matrices that one program works on. Element [i, j] of all of them is one vector: a thread's register on a
 # GPU, a whole vector register on a TPU. A sum over rows or columns is a sum of vectors, and no lane waits for another.

@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from mhc_jax import norm
-from mhc_jax.kernels.blocks import GPU_BLOCK, LANES, TPU_BLOCK, common, filled, on_every_platform, rows, specs
+from mhc_jax.kernels.launch import GPU_BLOCK, LANES, TPU_BLOCK, common, filled, on_every_platform, rows, specs
+from mhc_jax.streams import norm
 
 
 class Products(NamedTuple):

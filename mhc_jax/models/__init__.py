@@ -3,5 +3,6 @@
 from mhc_jax.models.cache import KVCache
 from mhc_jax.models.decoder import Decoder, DecoderConfig, RopeScaling
 from mhc_jax.models.loss import cross_entropy
+from mhc_jax.models.resnet import MHCResNet
 
-__all__ = ["Decoder", "DecoderConfig", "KVCache", "RopeScaling", "cross_entropy"]
+__all__ = ["Decoder", "DecoderConfig", "KVCache", "MHCResNet", "RopeScaling", "cross_entropy"]

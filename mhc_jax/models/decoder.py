@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -12,9 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from mhc_jax.config import MHCConfig
-from mhc_jax.history import History
-from mhc_jax.mixing import mix
+from mhc_jax.history import History, MHCConfig, mix
 from mhc_jax.models import attention as kernels
 from mhc_jax.models.attention import named
 from mhc_jax.models.cache import KVCache, LayerCache
@@ -22,6 +20,7 @@ from mhc_jax.models.loss import cross_entropy
 from mhc_jax.models.sampling import check_sampling, generate
 from mhc_jax.nn.hyper_connections import HyperConnections, StreamStack
 from mhc_jax.nn.stack import MHCStack
+from mhc_jax.options import resolve
 from mhc_jax.streams import Implementation, StreamConfig, expand, reduce
 
 Connection = Literal["residual", "history", "streams"]
@@ -258,7 +257,7 @@ class Decoder(nnx.Module):
         config: the sizes.
         connection: "residual" adds the latest state to every layer, "history" mixes the last ones into it, "streams"
             carries n residual streams around both of its branches; or the `MHCConfig` or `StreamConfig` itself.
-        options: keywords of the connection that was named: the fields of `MHCConfig` or of `StreamConfig`.
+        options: keywords, the fields of `MHCConfig` or of `StreamConfig`, change single options of the connection.
         block_length: of how many layers the streams are kept once for the backward pass; see `streams.apply_layers`.
         implementation: "pallas" for the kernels of streams, as of `HyperConnections`.
         attention: "plain", "splash" or "cudnn", see `mhc_jax.models.attention.attend`; None is the kernel of JAX's
@@ -280,7 +279,8 @@ class Decoder(nnx.Module):
         lm_head: `nnx.Linear`, (C, V), unless `config.tied`.
 
     Raises:
-        ValueError: an option is out of range, or belongs to another connection.
+        ValueError: an option is out of range, or of use to another connection.
+        TypeError: a keyword is no option of the connection.
 
     Example:
         >>> import jax.numpy as jnp
@@ -450,23 +450,21 @@ class Decoder(nnx.Module):
 
 
 def as_connection(connection: Any, options: dict[str, Any]) -> MHCConfig | StreamConfig:
-    """The config of a connection that is given by name and keywords, or as its config.
+    """The config of a connection that is given by its name or config; keywords change single options.
 
     Raises:
-        ValueError: the name is of none, a keyword is not an option of it, or both a config and keywords are given.
+        ValueError: the name is of none, a residual connection is given options, or an option is out of range.
+        TypeError: a keyword is not an option of the connection.
     """
-    if isinstance(connection, (MHCConfig, StreamConfig)):
+    if connection == "residual":
         if options:
-            raise ValueError(f"connection: give either a config or a name and the keywords {sorted(options)}, not both")
-        return connection
-    kinds: dict[str, Any] = {"residual": None, "history": MHCConfig, "streams": StreamConfig}
-    if connection not in kinds:
-        raise ValueError(f"connection must be one of {tuple(kinds)} or a config of one, got {connection!r}")
-    kind = kinds[connection]
-    known = [field.name for field in fields(kind)] if kind else []
-    if unknown := [name for name in options if name not in known]:
-        raise ValueError(f"connection: {connection!r} has no option {unknown}; it has {known or 'none'}")
-    return kind(**options) if kind else MHCConfig(mode="residual", max_history=1)
+            raise ValueError(f"connection: 'residual' has no options, got {sorted(options)}")
+        return MHCConfig(mode="residual", max_history=1)
+    named = {"history": MHCConfig(), "streams": StreamConfig()}
+    config = named.get(connection, connection) if isinstance(connection, str) else connection
+    if not isinstance(config, (MHCConfig, StreamConfig)):
+        raise ValueError(f"connection must be one of {('residual', *named)} or a config of one, got {connection!r}")
+    return resolve(config, None, **options)
 
 
 def rotary(

@@ -4,11 +4,12 @@ Images are channels last, (B, H, W, C), as everywhere in Flax. `model.train()` a
 batch statistics and the noise of stochastic mixing.
 """
 
+from mhc_jax.nn.blocks import MHCBasicBlock, MHCBottleneck
 from mhc_jax.nn.conv import MHCConv
 from mhc_jax.nn.hyper_connections import HyperConnections, StreamHead, StreamStack
-from mhc_jax.nn.resnet import MHCBasicBlock, MHCBottleneck, MHCResNet
+from mhc_jax.nn.matrix_skip import MatrixMHCSkip
 from mhc_jax.nn.sequential import MHCSequential
-from mhc_jax.nn.skip import MatrixMHCSkip, MHCSkip
+from mhc_jax.nn.skip import MHCSkip
 from mhc_jax.nn.stack import MHCStack
 
 __all__ = [
@@ -16,7 +17,6 @@ __all__ = [
     "MHCBasicBlock",
     "MHCBottleneck",
     "MHCConv",
-    "MHCResNet",
     "MHCSequential",
     "MHCSkip",
     "MHCStack",

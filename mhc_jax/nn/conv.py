@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mhc_jax.config import MHCConfig
-from mhc_jax.nn.skip import MHCSkip, as_config
+from mhc_jax.history.config import DEFAULTS, MHCConfig
+from mhc_jax.nn.skip import MHCSkip
+from mhc_jax.options import resolve
 
 Image = Float[Array, "B *spatial C"]
 
@@ -31,7 +32,7 @@ class MHCConv(nnx.Module):
         in_features, out_features, kernel_size, strides, padding, use_bias: as `nnx.Conv`; kernel_size is a sequence
             with one entry for each spatial axis.
         max_history: window H, 4 by default.
-        config: all options in one value; or give them as keywords, the fields of `MHCConfig`.
+        config: all options in one value; keywords, the fields of `MHCConfig`, change single ones.
         rngs: for the parameters, and for the noise of `stochastic`.
 
     Attributes:
@@ -70,7 +71,7 @@ class MHCConv(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
-        config = as_config(config, max_history, options)
+        config = resolve(DEFAULTS, config, max_history=max_history, **options)
         self.conv = nnx.Conv(
             in_features, out_features, kernel_size, strides, padding=padding, use_bias=use_bias, rngs=rngs
         )

@@ -1,17 +1,25 @@
 """HyperConnections: n residual streams around a branch, as `mhc_jax.streams` defines them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from mhc_jax import streams as functional
+from mhc_jax.monitoring.connection import Shown
+from mhc_jax.monitoring.figures import composite_gain, entropy, shares, sum_errors
 from mhc_jax.nn.errors import noted
 from mhc_jax.nn.merged import Merged, drawn_streams, keep, stacked
-from mhc_jax.nn.skip import check_options
-from mhc_jax.streams import HeadParams, Implementation, StreamConfig, StreamParams
+from mhc_jax.nn.stack import unstacked
+from mhc_jax.options import resolve
+from mhc_jax.streams import HeadParams, Implementation, Maps, StreamConfig, StreamParams, maps
+from mhc_jax.streams.config import DEFAULTS
 
 
 class HyperConnections(nnx.Module):
@@ -25,7 +33,7 @@ class HyperConnections(nnx.Module):
         branch: a module or function; further arguments of the call reach it. None for a layer that keeps its branch
             under another name, and gives it to `around`.
         width: features C of one stream.
-        config: all options in one value; or give them as keywords, the fields of `StreamConfig`.
+        config: all options in one value; keywords, the fields of `StreamConfig`, change single ones.
         layer_index: which wrapped branch of the network this is, counted from 0: sets the stream it reads most.
         implementation: "pallas" for kernels, as of `mhc_jax.streams.read` and `write`.
 
@@ -35,7 +43,7 @@ class HyperConnections(nnx.Module):
         bias: (m,) parameter.
 
     Raises:
-        TypeError, ValueError: as StreamConfig; width is below 1; both a config and keywords are given.
+        TypeError, ValueError: as StreamConfig; width is below 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -57,7 +65,7 @@ class HyperConnections(nnx.Module):
         implementation: Implementation = None,
         **options: Any,
     ) -> None:
-        self.config = as_stream_config(config, options)
+        self.config = resolve(DEFAULTS, config, **options)
         self.implementation = implementation
         self.branch = branch
         phi, alpha, bias = functional.init_params(self.config, width, layer_index)
@@ -83,6 +91,16 @@ class HyperConnections(nnx.Module):
         connected = functional.wrap(branch, self.config, implementation=self.implementation)
         return connected(self.params(), streams, *args, **kwargs)
 
+    def figures(self, grads: nnx.State) -> dict[str, Array]:
+        """What `mhc_jax.monitoring.diagnostics.diagnose` reports."""
+        graph, state = nnx.split(self)
+        single = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[None], state))
+        return _stream_figures(single, jax.tree.map(lambda leaf: leaf[None], grads))
+
+    def shown(self, figures: Mapping[str, np.ndarray]) -> Shown:
+        """What the dashboard shows of the figures."""
+        return _show_streams(figures, [""])._replace(whole={})
+
 
 class StreamHead(nnx.Module):
     """Learned reduction of n streams by a map like H_pre, as DeepSeek-V4 ends (`DeepseekV4HyperHead`).
@@ -102,7 +120,7 @@ class StreamHead(nnx.Module):
     """
 
     def __init__(self, width: int, *, config: StreamConfig | None = None, **options: Any) -> None:
-        self.config = as_stream_config(config, options)
+        self.config = resolve(DEFAULTS, config, **options)
         phi, alpha, bias = functional.init_head_params(self.config, width)
         self.phi = nnx.Param(phi)
         self.alpha = nnx.Param(alpha)
@@ -182,17 +200,91 @@ class StreamStack(nnx.Module):
         keep(self.layers, carried)
         return functional.reduce(wide)
 
+    def unrolled(self) -> "StreamChain":
+        """The same function as a chain of single layers, each of which can be watched and run alone."""
+        return StreamChain(unstacked(self.layers), self.streams)
 
-def as_stream_config(config: StreamConfig | None, options: dict[str, Any]) -> StreamConfig:
-    """The config a module was given, or the one its keywords make.
+    def figures(self, grads: nnx.State) -> dict[str, Array]:
+        """What `mhc_jax.monitoring.diagnostics.diagnose` reports."""
+        return _stream_figures(self.layers, grads["layers"])
 
-    Raises:
-        ValueError: both are given, or a value is out of range.
-        TypeError: a keyword is not a field of `StreamConfig`.
-    """
-    check_options(StreamConfig, options)
-    if config is None:
-        return StreamConfig(**options)
-    if options:
-        raise ValueError(f"config: give either a config or the keywords {sorted(options)}, not both")
-    return config
+    def shown(self, figures: Mapping[str, np.ndarray]) -> Shown:
+        """What the dashboard shows of the figures."""
+        branches = [".".join(map(str, path)) for path, _ in _branches(self.layers)]
+        depth = len(figures["pre"]) // len(branches)
+        names = [f"layers.{layer}.{branch}".rstrip(".") for layer in range(depth) for branch in branches]
+        return _show_streams(figures, names)
+
+
+class StreamChain(nnx.Module):
+    """The layers of a `StreamStack`, one after another."""
+
+    def __init__(self, layers: list[nnx.Module], streams: int) -> None:
+        self.layers = nnx.List(layers)
+        self.streams = streams
+
+    def __call__(self, x: Float[Array, "*tokens C"], *args: Any, **kwargs: Any) -> Float[Array, "*tokens C"]:
+        wide = functional.expand(x, self.streams)
+        for layer in self.layers:
+            wide = layer(wide, *args, **kwargs)
+        return functional.reduce(wide)
+
+
+def _stream_figures(layers: nnx.Module, grads: nnx.State) -> dict[str, Array]:
+    """The figures of all hyper-connections of a layer whose variables have a leading axis of depth."""
+    figures = []
+    for path, connection in _branches(layers):
+        own = reduce(lambda tree, key: tree[key], path, grads)
+        learned = {name: own[name] for name in ("phi", "alpha", "bias") if name in own}
+        found = jax.vmap(partial(_bias_maps, connection.config))(connection.bias[...])._asdict()
+        if connection.alpha is not None:
+            found["alpha"] = connection.alpha[...]
+        found["maps_grad_norm"] = jax.vmap(optax.tree.norm)(learned)
+        if connection.branch is not None:
+            # The zeros stand for a branch without parameters.
+            found["grad_norm"] = jax.vmap(optax.tree.norm)((own.get("branch", {}), jnp.zeros_like(found["pre"])))
+        figures.append(found)
+    # All branches of the first layer, then those of the second.
+    merged = {name: jnp.stack([found[name] for found in figures], 1) for name in figures[0]}
+    merged = {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in merged.items()}
+    res = merged["res"]
+    merged["entropy"] = entropy(shares(res))
+    merged["identity_distance"] = abs(res - jnp.eye(res.shape[-1])).max((-2, -1))
+    merged["row_sum_error"], merged["column_sum_error"] = sum_errors(res)
+    merged["gain_forward"], merged["gain_backward"] = composite_gain(res)
+    return merged
+
+
+def _bias_maps(config: StreamConfig, bias: Float[Array, " m"]) -> Maps:
+    return maps(StreamParams(None, None, bias), jnp.zeros((config.streams, 1), bias.dtype), config)
+
+
+def _branches(module: nnx.Module) -> list[tuple[tuple[Any, ...], HyperConnections]]:
+    """The outermost hyper-connections of a module in the order in which it holds them, and their paths."""
+    if isinstance(module, HyperConnections):
+        return [((), module)]
+    children = enumerate(module) if isinstance(module, nnx.List) else vars(module).items()
+    return [
+        ((name, *path), connection)
+        for name, child in children
+        if isinstance(child, nnx.Module)
+        for path, connection in _branches(child)
+    ]
+
+
+def _show_streams(figures: Mapping[str, np.ndarray], names: Sequence[str]) -> Shown:
+    """What the dashboard shows of branches. H_pre, H_post and each row of H_res are vectors of weights."""
+    layers: dict[str, dict[str, float]] = {}
+    weights = {}
+    for branch, name in enumerate(names):
+        keys = ("identity_distance", "maps_grad_norm", "grad_norm")
+        layers[name] = {key: float(figures[key][branch]) for key in keys if key in figures}
+        inside = f"{name}." if name else ""
+        rows = {"pre": figures["pre"][branch], "post": figures["post"][branch]}
+        rows |= {f"res.{i}": row for i, row in enumerate(figures["res"][branch])}
+        for row, values in rows.items():
+            weights[inside + row] = values
+            layers[inside + row] = {f"alpha_{i}": float(value) for i, value in enumerate(values)}
+        for i, value in enumerate(figures["entropy"][branch]):
+            layers[f"{inside}res.{i}"]["entropy"] = float(value)
+    return Shown(layers, {key: float(figures[key]) for key in ("gain_forward", "gain_backward")}, weights)

@@ -1,17 +1,21 @@
 """A chain of any modules, with a history-mixing skip around each."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mhc_jax.checks import expect_finite
-from mhc_jax.config import MHCConfig
+from mhc_jax.history.config import DEFAULTS, MHCConfig
+from mhc_jax.monitoring.connection import Shown, show_history
+from mhc_jax.monitoring.figures import history_figures
+from mhc_jax.monitoring.nonfinite import expect_finite
 from mhc_jax.nn.errors import noted
-from mhc_jax.nn.skip import MHCSkip, as_config, stack_weights
+from mhc_jax.nn.skip import MHCSkip, skip_gradient_norms, stack_weights
+from mhc_jax.options import resolve
 
 
 class MHCSequential(nnx.Module):
@@ -23,7 +27,7 @@ class MHCSequential(nnx.Module):
     Args:
         modules: the branches f_l, each from one array to one array.
         max_history: window H, 4 by default.
-        config: all options in one value; or give them as keywords, the fields of `MHCConfig`.
+        config: all options in one value; keywords, the fields of `MHCConfig`, change single ones.
         features: with `auto_project`, the widths (last axes) of the states x_0, ..., x_L.
         policy: what of a branch to keep for the backward pass (`jax.checkpoint_policies`); the default keeps everything
             its derivative needs.
@@ -62,7 +66,7 @@ class MHCSequential(nnx.Module):
             raise TypeError(
                 f"modules must be an iterable of modules, [first, second, ...]; got {type(modules).__name__}"
             )
-        config = as_config(config, max_history, options)
+        config = resolve(DEFAULTS, config, max_history=max_history, **options)
         self.config = config
         self.policy = policy
         self.wrapped_modules = nnx.List(modules)
@@ -104,6 +108,20 @@ class MHCSequential(nnx.Module):
     def mixing_weights(self, *, gated: bool = False) -> Float[Array, "L H"]:
         """The weights of every layer, the latest state last, 0 where there is none yet; otherwise as `MHCSkip`'s."""
         return stack_weights(self.skip_layers, gated)
+
+    def figures(self, grads: nnx.State) -> dict[str, Array]:
+        """What `mhc_jax.monitoring.diagnostics.diagnose` reports."""
+        depth = range(len(self.skip_layers))
+        # A layer without parameters has no entry among the gradients.
+        layers = [grads.get("wrapped_modules", {}).get(layer, {}) for layer in depth]
+        norms = skip_gradient_norms([grads["skip_layers"][layer] for layer in depth], layers)
+        return history_figures(self.mixing_weights(), self.mixing_weights(gated=True)) | norms
+
+    def shown(self, figures: Mapping[str, np.ndarray]) -> Shown:
+        """What the dashboard shows of the figures."""
+        depth = range(len(self.skip_layers))
+        live = {f"skip_layers.{layer}": min(layer + 1, self.config.max_history) for layer in depth}
+        return show_history(figures, live, container=True)
 
 
 def _widths(layer: int, config: MHCConfig, features: Sequence[int] | None) -> dict[str, int]:

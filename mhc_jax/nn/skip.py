@@ -1,45 +1,23 @@
-"""Skip connections that add a weighted sum of past states to the output of a branch."""
+"""A skip connection that adds a weighted sum of past states to the output of a branch."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from mhc_jax.config import MHCConfig
-from mhc_jax.history import History
-from mhc_jax.mixing import mix, mixing_weights
-from mhc_jax.projections import project_doubly_stochastic, project_simplex
+from mhc_jax.history import History, mix, mixing_weights
+from mhc_jax.history.config import DEFAULTS, MHCConfig
+from mhc_jax.monitoring.connection import Shown, show_history
+from mhc_jax.monitoring.figures import history_figures
+from mhc_jax.options import resolve
 
 GATE_INIT = 2.0
-
-
-def as_config(config: MHCConfig | None, max_history: int | None, options: dict[str, Any]) -> MHCConfig:
-    """The config a module was given, or the one its keywords make.
-
-    Raises:
-        ValueError: both are given, or a value is out of range.
-        TypeError: a keyword is not a field of `MHCConfig`.
-    """
-    if max_history is not None:
-        options = {"max_history": max_history, **options}
-    check_options(MHCConfig, options)
-    if config is None:
-        return MHCConfig(**options)
-    if options:
-        raise ValueError(f"config: give either a config or the keywords {sorted(options)}, not both")
-    return config
-
-
-def check_options(kind: type, options: dict[str, Any]) -> None:
-    """A TypeError if a keyword is not a field of `kind`, the config that a module takes its options from."""
-    known = [field.name for field in dataclasses.fields(kind)]
-    if unknown := [name for name in options if name not in known]:
-        raise TypeError(f"options must be among {known}, got {unknown}")
 
 
 def initial_logits(config: MHCConfig, *layers: int) -> Float[Array, "*layers H"]:
@@ -58,6 +36,21 @@ def stack_weights(skips: Iterable["MHCSkip"], gated: bool = False) -> Float[Arra
     return jnp.stack(rows)
 
 
+def window_of(history: Sequence[Array] | History, max_history: int) -> list[Array]:
+    """The states that a skip looks at, oldest first. Their number must be known: outside of jit."""
+    states = list(history.window)[-int(history.count) :] if isinstance(history, History) else list(history)
+    return states[-max_history:]
+
+
+def skip_gradient_norms(grads: Iterable[Any], layers: Iterable[Any]) -> dict[str, Float[Array, "L"]]:
+    """Norms of the gradients of the logits of each skip, and of each layer's parameters."""
+    norm = optax.tree.norm
+    return {
+        "logits_grad_norm": jnp.stack([norm(skip["mixing_logits"]) for skip in grads]),
+        "grad_norm": jnp.stack([jnp.asarray(norm(layer), float) for layer in layers]),
+    }
+
+
 class MHCSkip(nnx.Module):
     """`x + g * sum_k alpha_k x_k` over the last `max_history` states `x_k`.
 
@@ -66,7 +59,7 @@ class MHCSkip(nnx.Module):
 
     Args:
         max_history: window H, 4 by default.
-        config: all options in one value; or give them as keywords, the fields of `MHCConfig`.
+        config: all options in one value; keywords, the fields of `MHCConfig`, change single ones.
         history_features, features: with `auto_project`, the width (last axis) of past states that differ from the
             branch's output, and that of the output.
         rngs: needed for `stochastic` (stream `mixing`) and for `auto_project` (stream `params`).
@@ -101,7 +94,7 @@ class MHCSkip(nnx.Module):
         rngs: nnx.Rngs | None = None,
         **options: Any,
     ) -> None:
-        self.config = as_config(config, max_history, options)
+        self.config = resolve(DEFAULTS, config, max_history=max_history, **options)
         self.mixing_logits = nnx.Param(initial_logits(self.config))
         if self.config.use_gating:
             self.gate_logit = nnx.Param(jnp.array(GATE_INIT))
@@ -166,6 +159,19 @@ class MHCSkip(nnx.Module):
         )
         return mix(x, states, weights)
 
+    def figures(self, grads: nnx.State) -> dict[str, Array]:
+        """What `mhc_jax.monitoring.diagnostics.diagnose` reports."""
+        figures = history_figures(self.mixing_weights(), self.mixing_weights(gated=True))
+        return figures | {"logits_grad_norm": optax.tree.norm(grads["mixing_logits"])[None]}
+
+    def shown(self, figures: Mapping[str, np.ndarray]) -> Shown:
+        """What the dashboard shows of the figures."""
+        return show_history(figures, {"": self.config.max_history}, container=False)
+
+    def recorded(self, x: Array, history: Sequence[Array] | History) -> tuple[Array, list[Array]]:
+        """What a call depends on: the branch's output, and the states in the window."""
+        return x, window_of(history, self.config.max_history)
+
     def _fit(self, state: Array, x: Array) -> Array:
         if state.shape == x.shape:
             return state
@@ -181,84 +187,3 @@ class MHCSkip(nnx.Module):
                 f"last axis, from {projection.in_features} to {projection.out_features}"
             )
         return projection(state)
-
-
-class MatrixMHCSkip(nnx.Module):
-    """`x + (W h)_K` for the window h of K past states and a (K, K) matrix W projected from the live logits.
-
-    The skip takes the row of the latest state; under `doubly_stochastic` the other rows shape it through the columns.
-
-    Args:
-        max_history: window H.
-        doubly_stochastic: project to doubly stochastic matrices by Sinkhorn-Knopp; else softmax over each row.
-        iterations: Sinkhorn iterations.
-        rngs: stream `params`, for the initial logits.
-
-    Attributes:
-        mixing_logits: (max_history, max_history) parameter, the latest state last in both axes; starts at N(0, 0.01²).
-
-    Raises:
-        ValueError: max_history or iterations is below 1.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from mhc_jax.nn import MatrixMHCSkip
-        >>> skip = MatrixMHCSkip(max_history=2, rngs=nnx.Rngs(0))
-        >>> skip(jnp.zeros(3), [jnp.ones(3), 3 * jnp.ones(3)]).round(1)
-        Array([2., 2., 2.], dtype=float32)
-        >>> skip.mixing_matrix().sum(axis=0).round(5)
-        Array([1., 1.], dtype=float32)
-    """
-
-    def __init__(
-        self, max_history: int = 4, doubly_stochastic: bool = True, iterations: int = 10, *, rngs: nnx.Rngs
-    ) -> None:
-        for name, value in (("max_history", max_history), ("iterations", iterations)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}")
-        self.max_history = max_history
-        self.doubly_stochastic = doubly_stochastic
-        self.iterations = iterations
-        self.mixing_logits = nnx.Param(0.01 * jax.random.normal(rngs.params(), (max_history, max_history)))
-
-    def mixing_matrix(self, k: int | None = None) -> Float[Array, "k k"]:
-        """The projected matrix of `k` live states (default: a full window).
-
-        Raises:
-            ValueError: k is not in 1..max_history.
-        """
-        k = self.max_history if k is None else k
-        if not 1 <= k <= self.max_history:
-            raise ValueError(f"k must be in 1..{self.max_history}, got {k}")
-        logits = self.mixing_logits[-k:, -k:]
-        return project_doubly_stochastic(logits, self.iterations) if self.doubly_stochastic else project_simplex(logits)
-
-    def mixing_weights(self, k: int | None = None) -> Float[Array, "k"]:
-        """The weights that `k` live states get, the latest last: the last row of the matrix."""
-        return self.mixing_matrix(k)[-1]
-
-    def __call__(
-        self, x: Float[Array, "*shape"], history: Sequence[Float[Array, "*shape"]] | History
-    ) -> Float[Array, "*shape"]:
-        """Adds the mixed history to the branch output `x`; an empty history leaves `x` as it is.
-
-        Raises:
-            ValueError: the shape of a state differs from that of x, or a `History` has another window.
-        """
-        if isinstance(history, History):
-            if history.max_history != self.max_history:
-                raise ValueError(f"history has a window of {history.max_history}, expected {self.max_history}")
-            return mix(x, list(history.window), self._live_weights(history.count))
-        states = list(history[-self.max_history :])
-        for state in states:
-            if state.shape != x.shape:
-                raise ValueError(f"history has a state of shape {state.shape}, and the branch gave {x.shape}")
-        return mix(x, states, self.mixing_weights(len(states))) if states else x
-
-    def _live_weights(self, count: Int[Array, ""]) -> Float[Array, "H"]:
-        # The number of live states is not known while tracing; what is known is that it is one of H.
-        def padded(k: int) -> Array:
-            return jnp.pad(self.mixing_weights(k), (self.max_history - k, 0))
-
-        return lax.switch(count - 1, [lambda k=k: padded(k) for k in range(1, self.max_history + 1)])

@@ -1,18 +1,32 @@
 """Many equal layers as one: their parameters stacked, their depth scanned."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mhc_jax.config import MHCConfig
-from mhc_jax.mixing import apply_layers, apply_layers_carrying, mixing_weights
+from mhc_jax.history import apply_layers, apply_layers_carrying, mixing_weights
+from mhc_jax.history.config import DEFAULTS, MHCConfig
+from mhc_jax.monitoring.connection import Shown, show_history
+from mhc_jax.monitoring.figures import history_figures
 from mhc_jax.nn.errors import noted
 from mhc_jax.nn.merged import CARRIED, Carries, Merged, drawn_streams, keep, stacked
-from mhc_jax.nn.skip import GATE_INIT, as_config, initial_logits
+from mhc_jax.nn.sequential import MHCSequential
+from mhc_jax.nn.skip import GATE_INIT, initial_logits
+from mhc_jax.options import resolve
+
+
+def unstacked(layers: nnx.Module) -> list[Any]:
+    """The single layers of a module whose variables have a leading axis of depth."""
+    graph, state = nnx.split(layers)
+    depth = jax.tree.leaves(state)[0].shape[0]
+    return [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state)) for i in range(depth)]
 
 
 class MHCStack(nnx.Module):
@@ -26,7 +40,7 @@ class MHCStack(nnx.Module):
             writes while it runs costs memory for a window of states in every layer of a backward pass.
         depth: number of layers L.
         max_history: window H, 4 by default.
-        config: all options in one value; or give them as keywords, the fields of `MHCConfig`.
+        config: all options in one value; keywords, the fields of `MHCConfig`, change single ones.
         policy: what of a branch to keep for the backward pass (`jax.checkpoint_policies`); the default keeps everything
             its derivative needs.
         rngs: for the layers; a branch with dropout draws from the stream `dropout`, `stochastic` from `mixing`.
@@ -64,7 +78,7 @@ class MHCStack(nnx.Module):
         if isinstance(make_layer, nnx.Module):
             kind = type(make_layer).__name__
             raise TypeError(f"make_layer must make a layer from nnx.Rngs, as lambda rngs: {kind}(...); got a {kind}")
-        self.config = as_config(config, max_history, options)
+        self.config = resolve(DEFAULTS, config, max_history=max_history, **options)
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth!r}")
         if self.config.auto_project:
@@ -117,3 +131,24 @@ class MHCStack(nnx.Module):
             live=live,
             gate_logit=self.gate_logit[...] if gated else None,
         )
+
+    def figures(self, grads: nnx.State) -> dict[str, Array]:
+        """What `mhc_jax.monitoring.diagnostics.diagnose` reports."""
+        norms = jax.vmap(optax.tree.norm)
+        figures = history_figures(self.mixing_weights(), self.mixing_weights(gated=True))
+        return figures | {"logits_grad_norm": norms(grads["mixing_logits"]), "grad_norm": norms(grads["layers"])}
+
+    def shown(self, figures: Mapping[str, np.ndarray]) -> Shown:
+        """What the dashboard shows of the figures."""
+        live = {f"skip_layers.{layer}": min(layer + 1, self.config.max_history) for layer in range(self.depth)}
+        return show_history(figures, live, container=True)
+
+    def unrolled(self) -> MHCSequential:
+        """The same function as a chain of single layers, each of which can be watched and run alone; draws no noise."""
+        chain = MHCSequential(unstacked(self.layers), config=self.config, policy=self.policy, rngs=nnx.Rngs(0))
+        for layer, skip in enumerate(chain.skip_layers):
+            skip.mixing_logits.set_value(self.mixing_logits[layer])
+            skip.deterministic = self.deterministic
+            if self.config.use_gating:
+                skip.gate_logit.set_value(self.gate_logit[layer])
+        return chain

@@ -1,11 +1,11 @@
 """Layers that mix a branch output with past states."""
 
-from mhc_torch.layers.conv_mhc import MHCBasicBlock, MHCBottleneck, MHCConv2d, share_history
-from mhc_torch.layers.history_buffer import HistoryBuffer
-from mhc_torch.layers.hyper_connections import HyperConnections, StreamHead, StreamStack
-from mhc_torch.layers.managed import MHCSequential
-from mhc_torch.layers.matrix_skip import MatrixMHCSkip
-from mhc_torch.layers.mhc_skip import MHCSkip
+from mhc_torch.history.window import HistoryBuffer
+from mhc_torch.nn.conv import MHCBasicBlock, MHCBottleneck, MHCConv2d, share_history
+from mhc_torch.nn.hyper_connections import HyperConnections, StreamHead, StreamStack
+from mhc_torch.nn.matrix_skip import MatrixMHCSkip
+from mhc_torch.nn.sequential import MHCSequential
+from mhc_torch.nn.skip import MHCSkip
 
 __all__ = [
     "HistoryBuffer",

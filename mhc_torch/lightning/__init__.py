@@ -1,6 +1,6 @@
 """Training with Lightning: configurations, a base for fine-tuning, data, and the stability dashboard."""
 
-from mhc_torch.utils.lightning_callback import MHCLightningCallback  # isort: skip  says what to install
+from mhc_torch.lightning.dashboard import MHCLightningCallback  # isort: skip  says what to install
 
 from mhc_torch.lightning.callbacks import EarlyStoppingConfig, EMAConfig, ModelCheckpointConfig
 from mhc_torch.lightning.clearml_logger import ClearMLLogger

@@ -138,7 +138,7 @@ class ClearMLLogger(Logger):
             )
             task.get_offline_mode_folder()
         # Offline the reporter is made late and its thread never started: nothing would be written before the end.
-        _ = task._reporter
+        getattr(task, "_reporter", None)
         BackgroundMonitor.start_all(task)
         return task
 

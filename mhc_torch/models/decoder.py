@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -11,12 +11,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mhc_torch.config import MHCConfig, resolve_config
-from mhc_torch.layers.history_buffer import HistoryBuffer
-from mhc_torch.layers.hyper_connections import HyperConnections
-from mhc_torch.layers.managed import tape_of
-from mhc_torch.layers.mhc_skip import MHCSkip
+from mhc_torch.history.config import MHCConfig, get_default_config
+from mhc_torch.history.window import HistoryBuffer
 from mhc_torch.models.loss import cross_entropy
+from mhc_torch.nn.hyper_connections import HyperConnections
+from mhc_torch.nn.sequential import tape_of
+from mhc_torch.nn.skip import MHCSkip
+from mhc_torch.options import resolve
 from mhc_torch.streams import StreamConfig, expand, reduce
 
 Connection = Literal["residual", "history", "streams"]
@@ -313,7 +314,7 @@ class Decoder(nn.Module):
         config: the sizes.
         connection: "residual" adds the latest state to every layer, "history" mixes the last ones into it, "streams"
             carries n residual streams around both of its branches; or the `MHCConfig` or `StreamConfig` itself.
-        options: keywords of the connection that was named: the fields of `MHCConfig` or of `StreamConfig`.
+        options: keywords, the fields of `MHCConfig` or of `StreamConfig`, change single options of the connection.
         use_checkpointing: keep only the states, and compute the inside of each layer again for the gradient.
 
     Raises:
@@ -421,25 +422,21 @@ def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: to
 
 
 def as_connection(connection: Any, options: dict[str, Any]) -> MHCConfig | StreamConfig | None:
-    """The config of a connection that is given by name and keywords, or as its config; None is residual.
+    """The config of a connection that is given by its name or config; keywords change single options. None is residual.
 
     Raises:
-        ValueError: the name is of none, a keyword is not an option of it, or both a config and keywords are given.
+        ValueError: the name is of none, a residual connection is given options, or an option is out of range.
+        TypeError: a keyword is not an option of the connection.
     """
-    if isinstance(connection, (MHCConfig, StreamConfig)):
+    if connection == "residual":
         if options:
-            raise ValueError(f"connection: give either a config or a name and the keywords {sorted(options)}, not both")
-        return connection
-    kinds: dict[str, Any] = {"residual": None, "history": MHCConfig, "streams": StreamConfig}
-    if connection not in kinds:
-        raise ValueError(f"connection must be one of {tuple(kinds)} or a config of one, got {connection!r}")
-    kind = kinds[connection]
-    known = [field.name for field in fields(kind)] if kind else []
-    if unknown := [name for name in options if name not in known]:
-        raise ValueError(f"connection: {connection!r} has no option {unknown}; it has {known or 'none'}")
-    if kind is None:
+            raise ValueError(f"connection: 'residual' has no options, got {sorted(options)}")
         return None
-    return resolve_config(**options) if kind is MHCConfig else kind(**options)
+    named = {"history": get_default_config(), "streams": StreamConfig()}
+    config = named.get(connection, connection) if isinstance(connection, str) else connection
+    if not isinstance(config, (MHCConfig, StreamConfig)):
+        raise ValueError(f"connection must be one of {('residual', *named)} or a config of one, got {connection!r}")
+    return resolve(config, None, **options)
 
 
 def rotary(

@@ -18,9 +18,9 @@ from lightning.pytorch.loggers import CometLogger, MLFlowLogger, TensorBoardLogg
 
 from mhc_torch.lightning.clearml_logger import ClearMLLogger, flatten
 from mhc_torch.lightning.settings import require
+from mhc_torch.monitoring.logging import get_logger
+from mhc_torch.monitoring.pictures import send_picture
 from mhc_torch.tracking.outbox import Interrupts, Outbox, Refused
-from mhc_torch.utils.logging import get_logger
-from mhc_torch.utils.pictures import send_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -220,7 +220,8 @@ class _Comet(Queued, CometLogger):  # type: ignore[misc]
         if status != "success":
             self.experiment.log_other("status", status)
             # Comet has no public way to say it; this is what its own hook for uncaught exceptions calls.
-            self.experiment._report_experiment_error("the run failed", has_crashed=True)
+            if report := getattr(self.experiment, "_report_experiment_error", None):
+                report("the run failed", has_crashed=True)
         self.experiment.end()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 
-from mhc_torch.utils.logging import get_logger
+from mhc_torch.monitoring.logging import get_logger
 
 
 def git_state(folder: str | os.PathLike[str] = ".") -> dict[str, str | bool]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from mhc_torch.monitoring.logging import get_logger
 from mhc_torch.tracking.records import Backlog, Kept, Record
-from mhc_torch.utils.logging import get_logger
 
 _log = get_logger("mhc.tracking")
 

@@ -17,11 +17,11 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from pydantic import Field
 
 from mhc_torch.lightning.settings import Settings, require, require_writable
+from mhc_torch.monitoring.logging import get_logger
 from mhc_torch.tracking.backends import BACKENDS, WITH_KEY, WITH_URL, Queued, Run, open_backend
 from mhc_torch.tracking.experiment import Experiment
 from mhc_torch.tracking.git import git_state
 from mhc_torch.tracking.outbox import Interrupts
-from mhc_torch.utils.logging import get_logger
 
 _active: Experiment | None = None
 _tracks_lightning = False

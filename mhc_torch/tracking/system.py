@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from mhc_torch.utils.logging import get_logger
+from mhc_torch.monitoring.logging import get_logger
 
 _MIB = 2**20
 

@@ -3,19 +3,19 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mhc_torch.utils.compat import autocast_context, compile_model
+from mhc_torch.history.lists import ensure_list, get_last_k
+from mhc_torch.injection import inject_mhc, inject_mhc_default
+from mhc_torch.monitoring.diagnostics import extract_mixing_weights
+from mhc_torch.monitoring.logging import get_logger
+from mhc_torch.monitoring.profiling import ForwardProfiler
+from mhc_torch.monitoring.stability import StabilityReport, check_model_stability
+from mhc_torch.training.compile import autocast_context, compile_model
+from mhc_torch.training.seed import set_seed
 from mhc_torch.utils.decorators import is_mhc_compatible, mhc_compatible
-from mhc_torch.utils.injection import inject_mhc, inject_mhc_default
-from mhc_torch.utils.logging import get_logger
-from mhc_torch.utils.monitoring import extract_mixing_weights
-from mhc_torch.utils.profiling import ForwardProfiler
-from mhc_torch.utils.seed import set_seed
-from mhc_torch.utils.stability import StabilityReport, check_model_stability
-from mhc_torch.utils.tensor_ops import ensure_list, get_last_k
 
 if TYPE_CHECKING:
-    from mhc_torch.utils.lightning_callback import MHCLightningCallback
-    from mhc_torch.utils.visualization import (
+    from mhc_torch.lightning.dashboard import MHCLightningCallback
+    from mhc_torch.monitoring.dashboard import (
         create_training_dashboard,
         plot_gradient_flow,
         plot_history_contribution,

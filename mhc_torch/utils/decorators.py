@@ -1,5 +1,5 @@
-"""`@mhc_compatible`, where the documentation looks for it."""
+"""An import path of the `mhc` package; see `mhc_torch.nn.compatible`."""
 
-from mhc_torch.layers.compatible import is_mhc_compatible, mhc_compatible
+from mhc_torch.nn.compatible import is_mhc_compatible, mhc_compatible
 
 __all__ = ["is_mhc_compatible", "mhc_compatible"]

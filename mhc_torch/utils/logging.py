@@ -1,8 +1,5 @@
-"""The library's logger."""
+"""An import path of the `mhc` package; see `mhc_torch.monitoring.logging`."""
 
-import logging
+from mhc_torch.monitoring.logging import get_logger
 
-
-def get_logger(name: str = "mhc") -> logging.Logger:
-    """The logger of that name; the library logs under "mhc" and sets no handlers."""
-    return logging.getLogger(name)
+__all__ = ["get_logger"]

@@ -13,7 +13,7 @@ import mhc_jax.nn as jax_mhc
 import mhc_torch as torch_mhc
 from benchmarks import bridge as benchmark
 from mhc_jax.nn import hyper_connections as jax_streams
-from mhc_torch.layers import hyper_connections as torch_streams
+from mhc_torch.nn import hyper_connections as torch_streams
 from tests.bridge.models import JaxModel, TorchModel, equal, randomize, to64
 
 X = np.random.default_rng(0).standard_normal((4, 5)).astype(np.float32)

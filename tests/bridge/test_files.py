@@ -29,11 +29,11 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 import bridge
-import mhc_jax.checkpoint
 import mhc_jax.nn as jax_mhc
+import mhc_jax.training.checkpoint
 import mhc_torch as torch_mhc
-from bridge.arrays import to_jax, to_torch
-from bridge.formats import open_file
+from bridge.weights.arrays import to_jax, to_torch
+from bridge.weights.formats import open_file
 from tests.bridge.models import JaxModel, TorchModel, equal, randomize
 
 FORMATS = (".safetensors", ".pt", ".orbax")
@@ -117,7 +117,7 @@ def test_the_libraries_of_the_formats_read_what_is_written(tmp_path, zoo):
     pickled = torch.load(tmp_path / "x.pt", weights_only=True)
     for name, array in zoo.items():
         for tensor in (theirs[name], pickled[name]):
-            assert same_bits(bridge.arrays.to_numpy(tensor), array), name
+            assert same_bits(bridge.weights.arrays.to_numpy(tensor), array), name
 
 
 def test_files_that_the_libraries_write_are_read(tmp_path):
@@ -151,11 +151,11 @@ def test_models_come_back(tmp_path, suffix):
 
 def test_a_checkpoint_of_mhc_jax_is_read_and_written(tmp_path):
     source = bridge.convert(randomize(TorchModel()), JaxModel())
-    mhc_jax.checkpoint.save(tmp_path / "theirs", source)  # keeps the random streams, too
+    mhc_jax.training.checkpoint.save(tmp_path / "theirs", source)  # keeps the random streams, too
     assert equal(bridge.load(tmp_path / "theirs", JaxModel(seed=1)), source)
     plain = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     bridge.save(tmp_path / "ours", plain)
-    assert equal(mhc_jax.checkpoint.restore(tmp_path / "ours", nnx.Linear(3, 2, rngs=nnx.Rngs(1))), plain)
+    assert equal(mhc_jax.training.checkpoint.restore(tmp_path / "ours", nnx.Linear(3, 2, rngs=nnx.Rngs(1))), plain)
 
 
 @pytest.mark.parametrize("source_suffix", FORMATS)
@@ -463,7 +463,7 @@ def test_a_killed_writer_leaves_the_old_file_whole(tmp_path):
     bridge.save(tmp_path / "x.safetensors", {"a": np.zeros(3)})
     program = """
 import sys, time, numpy as np
-from bridge.formats import Piece, Spec, write
+from bridge.weights.formats import Piece, Spec, write
 def pieces():
     yield Piece("a", 0, np.ones(3))
     print("half", flush=True)
@@ -480,7 +480,7 @@ write(sys.argv[1], {"a": Spec("float64", (6,))}, pieces())
 def test_what_a_killed_writer_left_goes_with_the_next_save_and_living_writers_stay(tmp_path):
     program = """
 import sys, time, numpy as np
-from bridge.formats import Piece, Spec, write
+from bridge.weights.formats import Piece, Spec, write
 def pieces():
     print("half", flush=True)
     sys.stdin.readline()
@@ -714,7 +714,7 @@ import resource, sys
 import torch
 from flax import nnx
 import bridge
-from bridge.formats import Reader
+from bridge.weights.formats import Reader
 width, depth, index, target = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 class Ours(nnx.Module):
     def __init__(self):

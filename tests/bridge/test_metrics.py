@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.metrics import compare, kl_divergence, top_k_agreement, ulp_distance
+from bridge.proof.metrics import compare, kl_divergence, top_k_agreement, ulp_distance
 
 DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bridge
-from bridge.rules import Layout
+from bridge.weights.rules import Layout
 from tests.bridge.models import equal, randomize
 
 RNG = np.random.default_rng(0)

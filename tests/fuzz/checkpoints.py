@@ -12,14 +12,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from mhc_jax.checkpoint import latest, restore, save
+from mhc_jax.training.checkpoint import latest, restore, save
 
 ARRAYS = 10
 LIMIT_S = 60.0  # for what takes a second
 _SCRIPT = """
 import sys, threading
 import jax.numpy as jnp
-from mhc_jax.checkpoint import save
+from mhc_jax.training.checkpoint import save
 
 def attempt(number, size, path):
     try:

@@ -114,7 +114,9 @@ def trial(seed: int) -> None:
     if second is None:
         return
     curvature = sum(np.sum(a * b) for a, b in zip(second, direction, strict=True))
-    quotient = (moved(1e-3) - 2 * moved(0) + moved(-1e-3)) / 1e-6
+    h = 1e-3 / max(1.0, scale)
+    near, far = moved(h) + moved(-h), moved(2 * h) + moved(-2 * h)
+    quotient = (16 * near - far - 30 * moved(0)) / (12 * h**2)
     size = sum(np.sum(np.abs(a * b)) for a, b in zip(second, direction, strict=True)) + size
     assert abs(curvature - quotient) <= 1e-3 * size, f"second derivative {curvature}, expected {quotient}: {config}"
 

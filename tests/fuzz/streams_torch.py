@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mhc_torch.layers.hyper_connections import HyperConnections
+from mhc_torch.nn.hyper_connections import HyperConnections
 from mhc_torch.streams import StreamConfig
 from tests import streams_reference as reference
 

@@ -23,7 +23,7 @@ from mhc_torch import (
     inject_mhc,
     share_history,
 )
-from mhc_torch.layers.hyper_connections import StreamStack
+from mhc_torch.nn.hyper_connections import StreamStack
 
 WIDTH = 4
 

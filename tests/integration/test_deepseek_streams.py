@@ -11,7 +11,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Hyper
 
 import mhc_jax.streams
 import mhc_torch.streams
-from mhc_torch.layers.hyper_connections import HyperConnections, StreamHead
+from mhc_torch.nn.hyper_connections import HyperConnections, StreamHead
 
 WIDTH = 32
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bridge
-from mhc_jax.diagnostics import diagnose
+from mhc_jax.monitoring.diagnostics import diagnose
 from mhc_jax.nn import MHCStack
 from mhc_jax.training import TrainState, make_train_step, train
 from mhc_torch import MHCLightningCallback, MHCSequential

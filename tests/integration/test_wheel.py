@@ -59,7 +59,7 @@ def test_wheel_holds_the_three_packages_and_their_types(wheel: Path) -> None:
 
 
 JAX_PROGRAM = """
-import jax.numpy as jnp, mhc_jax, mhc_jax.checkpoint, mhc_jax.diagnostics, mhc_jax.streams, mhc_jax.training
+import jax.numpy as jnp, mhc_jax, mhc_jax.training.checkpoint, mhc_jax.monitoring.diagnostics, mhc_jax.streams
 from flax import nnx
 from mhc_jax.nn import MHCStack
 stack = MHCStack(lambda rngs: nnx.Linear(4, 4, rngs=rngs), depth=3, rngs=nnx.Rngs(0))

@@ -1,0 +1,1 @@
+"""Functions and models of one framework inside programs of the other."""

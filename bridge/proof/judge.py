@@ -1,0 +1,125 @@
+"""When are two values the same but for rounding?
+
+Both models run as they are and in float64. Between the two float64 runs hardly any rounding is left, so what they
+differ by is a difference of the functions; how far each model is from its own float64 run is its rounding error. Both
+are judged against a tolerance that is derived, not chosen:
+
+    tolerance = 8 · sqrt(n) · eps · (|value| + sensitivity) + n · tiny
+
+eps is the precision of the coarsest dtype involved and n the longest sum. 8·sqrt(n)·eps bounds the relative error of a
+sum of n terms but for a probability of 2·exp(-8²/2) < 3e-14 (N. J. Higham and T. Mary, SIAM J. Sci. Comput. 41, 2019).
+The sensitivity is how far the value moves when every weight, input and layer output is off by a small relative amount,
+divided by that amount; it is measured, in float64 (Monte Carlo arithmetic, D. S. Parker 1997; see `Noise`). Below
+tiny, the smallest normal number, XLA on CPU puts zero for every term where PyTorch keeps subnormal numbers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bridge.proof.metrics import compare, difference
+from bridge.proof.precision import epsilon
+from bridge.proof.record import AMPLITUDES
+from bridge.proof.report import Row
+
+_CONFIDENCE = 8.0
+
+Layout = tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]
+AS_IT_IS: Layout = (lambda array: array, lambda array: array)
+CHANNELS: Layout = (lambda array: np.moveaxis(array, -1, 1), lambda array: np.moveaxis(array, 1, -1))
+
+
+def layout(jax_value: np.ndarray, torch_value: np.ndarray) -> Layout | None:
+    """How to bring a JAX activation into the torch layout, and back: as it is, or with its channels first.
+
+    Where both fit the shapes, the one that brings the values closer. None if neither does.
+    """
+    options = [AS_IT_IS] if jax_value.shape == torch_value.shape else []
+    if jax_value.ndim > 2 and CHANNELS[0](jax_value).shape == torch_value.shape:
+        options.append(CHANNELS)
+    return min(options, key=lambda o: float(difference(o[0](jax_value), torch_value).sum()), default=None)
+
+
+@dataclass
+class Values:
+    """One quantity as each run gave it, in the torch layout."""
+
+    jax: np.ndarray
+    torch: np.ndarray
+    jax64: np.ndarray
+    torch64: np.ndarray
+    noisy: Sequence[np.ndarray]
+
+
+def judge(
+    check: str,
+    path: str,
+    jax_path: str,
+    values: Values,
+    n: int,
+    scale: float = 0.0,
+    eps: float = 0.0,
+    reference_eps: float = 0.0,
+) -> Row:
+    """The row of one quantity.
+
+    Args:
+        check, path, jax_path: what the quantity is, for the report.
+        n: length of the longest sum behind it.
+        scale: the size of what it was summed from, where that is known to be larger than the value.
+        eps: precision of the coarsest dtype that took part, if it is coarser than the value's own.
+        reference_eps: precision that the float64 runs really had, where some of their steps are fixed to less.
+    """
+    dtype = values.jax.dtype if epsilon(values.jax.dtype) >= epsilon(values.torch.dtype) else values.torch.dtype
+    eps = max(eps, epsilon(dtype))
+    figures = compare(values.jax.astype(dtype), values.torch.astype(dtype))
+    size = max(scale, largest(values.jax64), largest(values.torch64))
+    moved = [largest(difference(noisy, values.torch64)) for noisy in values.noisy]
+    sensitivity = max(distance / amplitude for distance, amplitude in zip(moved, AMPLITUDES, strict=True))
+    bound = _CONFIDENCE * np.sqrt(n) * (size + sensitivity)
+    # A float16 is computed with as a float32, which has all its subnormal numbers.
+    tiny = np.finfo(np.float64 if dtype == np.float64 else np.float32).tiny
+    tolerance = float(bound * eps + n * tiny)
+    tolerance64 = float(bound * max(epsilon(np.float64), min(reference_eps, eps)))
+    gap = largest(difference(values.jax64, values.torch64))
+    jax_error, torch_error = (
+        largest(difference(v, v64)) for v, v64 in ((values.jax, values.jax64), (values.torch, values.torch64))
+    )
+    problems = []
+    if gap > 2 * tolerance64:
+        problems.append("the functions differ: so do their float64 runs")
+    for name, error in (("jax", jax_error), ("torch", torch_error)):
+        if error > tolerance:
+            problems.append(f"{name} is further from its float64 run than rounding explains")
+    if figures.nan[0] != figures.nan[1]:
+        problems.append("only one side has NaN")
+    origin = f"8·sqrt({n})·eps·(largest value {size:.3g} + sensitivity {sensitivity:.3g}) + {n}·tiny"
+    return Row(
+        check=check,
+        path=path,
+        jax_path=jax_path,
+        shape=values.torch.shape,
+        dtype=str(dtype),
+        figures=figures,
+        jax_error=jax_error,
+        torch_error=torch_error,
+        float64_gap=gap,
+        tolerance=tolerance,
+        float64_tolerance=2 * tolerance64,
+        why="; ".join([*problems, f"tolerance {origin}"]),
+        ok=not problems,
+    )
+
+
+def largest(array: np.ndarray) -> float:
+    """Largest magnitude in an array, 0 if it is empty."""
+    return float(np.max(np.abs(array), initial=0.0))
+
+
+def reduction(module: torch.nn.Module, inputs: Sequence[np.ndarray]) -> int:
+    """The longest sum in a forward pass: over a row of a weight, or over all that one sample brings in."""
+    rows = [p[0].numel() if p.ndim > 1 else p.numel() for p in module.parameters() if p.numel()]
+    samples = [x[0].size if x.ndim > 1 else x.size for x in inputs if x.size]
+    return max([1, *rows, *samples])

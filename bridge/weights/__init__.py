@@ -1,0 +1,1 @@
+"""Weights: which arrays of two models correspond, and how they move between models and files."""

@@ -1,0 +1,215 @@
+"""Weights in files: of one model, and from a file of one framework to a file of the other.
+
+JAX models are stored under the dotted paths of their variables ("body.layers.kernel"), torch models under the keys of
+their state dict. Random streams and caches, which a model makes anew, are not stored.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeVar, overload
+
+import jax
+import numpy as np
+from flax import nnx
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from bridge.weights.arrays import borrow, dtype_name, to_jax, to_numpy
+from bridge.weights.convert import warn
+from bridge.weights.formats import Piece, Reader, Spec, open_file, write
+from bridge.weights.leaves import aliases, jax_leaves, jax_transients, torch_leaves, value
+from bridge.weights.match import Link, Match, match
+
+Model = TypeVar("Model", bound=nnx.Module | nn.Module)
+
+
+def save(path: str | os.PathLike[str], source: nnx.Module | nn.Module | Mapping[str, Any]) -> None:
+    """Writes the weights of a model, or named arrays, bit for bit, with checksums.
+
+    Args:
+        path: `x.safetensors`, `x.pt` (.pth, .bin, .ckpt), or for an Orbax directory `x` or `x.orbax`.
+            A file that is there is replaced only when the new one is complete.
+        source: an nnx.Module, a torch.nn.Module, or name -> array (torch, jax or numpy).
+
+    Raises:
+        FileExistsError: the Orbax directory exists: those are never written over.
+        TypeError: `source` is something else, or an array has a dtype that not all frameworks share.
+        ValueError: the name or dtype fits no format.
+    """
+    arrays = {name: to_numpy(value(leaf)) for name, leaf in _leaves(source).items()}
+    specs = {name: Spec(dtype_name(array.dtype), array.shape) for name, array in arrays.items()}
+    write(path, specs, (Piece(name, 0, array) for name, array in arrays.items()))
+
+
+@overload
+def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]: ...
+@overload
+def load(path: str | os.PathLike[str], model: Model) -> Model: ...
+def load(path: str | os.PathLike[str], model: Any = None) -> Any:
+    """Reads weights bit for bit, into a model of the framework that they were saved from or as numpy arrays.
+
+    Args:
+        path: as in `save`; also the index of a sharded checkpoint (`x.safetensors.index.json`), a Lightning checkpoint,
+            and a state dict of the published `mhc` package.
+        model: an nnx.Module or torch.nn.Module to fill in place. Nothing is written unless all fits.
+
+    Returns:
+        `model`; without one, name -> array (bfloat16 and float8 as dtypes of ml_dtypes).
+
+    Raises:
+        FileNotFoundError: nothing is at `path`, or a shard is missing.
+        ValueError: the file is damaged, cut short, of another format, or holds objects other than arrays; or names,
+            shapes or dtypes differ from the model's, all of which are listed.
+    """
+    with open_file(path) as reader:
+        if model is None:
+            return {name: _own(reader.read(name)) for name in reader.specs}
+        leaves = _leaves(model)
+        if isinstance(model, nn.Module):  # parameters that take their shape from the file, if it has them
+            leaves |= {name: p for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)}
+        names = _sources(reader, leaves, _ignored(model), path)
+        arrays = {name: reader.read(source) for name, source in names.items()}
+        if isinstance(model, nn.Module):
+            model.load_state_dict({name: borrow(array) for name, array in arrays.items()})
+            return model
+        if bare := [name for name, leaf in leaves.items() if not isinstance(leaf, nnx.Variable)]:
+            raise ValueError(f"model: {bare} are bare arrays, which cannot be replaced: wrap them in an nnx.Variable")
+        for name, array in arrays.items():
+            leaves[name].set_value(to_jax(_own(array), getattr(value(leaves[name]), "sharding", None)))
+        return model
+
+
+def convert_file(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    jax_model: nnx.Module,
+    torch_model: nn.Module,
+    to: Literal["jax", "torch"],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Turns a file of one framework's weights into one of the other's, array by array.
+
+    The models may be abstract (`nnx.eval_shape`, `torch.device("meta")`): all that is taken from them are leaves that
+    the source cannot know, such as the batch counter of a torch BatchNorm. From shards or safetensors to safetensors,
+    no more than one array of the source is in memory at a time.
+
+    Args:
+        source: weights of the other framework, see `load`.
+        target: where to write, see `save`.
+        jax_model, torch_model: the two forms of the model.
+        to: the framework of `target`.
+        progress: is called with the number of bytes converted and the total.
+
+    Raises:
+        ValueError: the models do not correspond, or `source` does not fit; everything is listed, nothing is written.
+
+    Warns:
+        UserWarning: as `convert`.
+    """
+    if to not in ("jax", "torch"):
+        raise ValueError(f"to must be 'jax' or 'torch', got {to!r}")
+    found = match(jax_model, torch_model)
+    warn(found)
+    ours, theirs = (found.torch, found.jax) if to == "jax" else (found.jax, found.torch)
+    specs = {name: _spec(leaf) for name, leaf in theirs.items()}
+    done, total = 0, sum(spec.nbytes for spec in specs.values())
+
+    def count(piece: Piece) -> Piece:
+        nonlocal done
+        done += piece.values.nbytes
+        progress(done, total)
+        return piece
+
+    with open_file(source) as reader:
+        names = _sources(reader, ours, _ignored(torch_model if to == "jax" else jax_model), source)
+        write(target, specs, map(count, _pieces(reader, names, found, specs, to)))
+
+
+def _pieces(
+    reader: Reader, names: Mapping[str, str], found: Match, specs: Mapping[str, Spec], to: str
+) -> Iterator[Piece]:
+    """Every array of the target, in parts, in the order of the source: each array of it is read once."""
+    here, there = ("jax", "torch") if to == "torch" else ("torch", "jax")
+    targets = getattr(found, there)
+    names_of = aliases(targets)
+    links: dict[str, dict[tuple, Link]] = {}
+    for link in found.links:  # tied leaves have a link under each of their names: one of these is enough
+        ours, theirs = getattr(link, here), getattr(link, there)
+        links.setdefault(names[ours.path], {})[theirs.index, theirs.rows, id(targets[theirs.path])] = link
+    for name in reader.specs:
+        yield from _parts(reader.read(name), links.get(name, {}).values(), names_of, specs, to)
+    linked = {alias for link in found.links for alias in names_of[getattr(link, there).path]}
+    for name in targets.keys() - linked:  # declared to have no counterpart, such as a counter of batches
+        array = value(targets[name])
+        if isinstance(array, jax.ShapeDtypeStruct) or getattr(array, "is_meta", False):
+            raise ValueError(f"{there}_model: it must not be abstract, {name} has no counterpart in the source")
+        yield Piece(name, 0, to_numpy(array))
+
+
+def _parts(
+    array: np.ndarray, links: Iterable[Link], names: Mapping[str, list[str]], specs: Mapping[str, Spec], to: str
+) -> Iterator[Piece]:
+    """What one array of the source becomes. When this ends, nothing holds it, and the next can be read."""
+    for link in links:
+        slot = link.torch if to == "torch" else link.jax
+        shape = specs[slot.path].shape
+        values = link.to_torch(array) if to == "torch" else link.to_jax(array, shape)
+        for name in names[slot.path]:
+            yield Piece(name, slot.start(shape), values)
+
+
+def _ignored(model: nnx.Module | nn.Module) -> set[str]:
+    """Names that a checkpoint of the model may have though they carry no weights: random streams, caches."""
+    return jax_transients(model) if isinstance(model, nnx.Module) else set()
+
+
+def _sources(reader: Reader, leaves: Mapping[str, Any], ignored: set[str], path: Any) -> dict[str, str]:
+    """name of each leaf -> the name under which the file has it, which for a tied leaf may be that of its twin.
+
+    Raises:
+        ValueError: names, shapes or dtypes differ; tied leaves have different values in the file.
+    """
+    names, problems = {}, []
+    for name, twins in aliases(leaves).items():
+        present = [twin for twin in twins if twin in reader.specs]
+        shapeless = isinstance(leaves[name], UninitializedParameter)
+        if not present:
+            problems += [] if shapeless else [f"{name}, {_spec(leaves[name])}, is not in the file"]
+            continue
+        names[name] = name if name in present else present[0]
+        stored = reader.specs[names[name]]
+        if not shapeless and stored != _spec(leaves[name]):
+            problems.append(f"{name} is {stored} in the file, {_spec(leaves[name])} in the model")
+        elif name == present[0] and any(_differ(reader, name, twin) for twin in present[1:]):
+            problems.append(f"{', '.join(present)} are one array in the model, and differ in the file")
+    left = [name for name in reader.specs if name not in leaves and name not in ignored]
+    problems += [f"{name}, {reader.specs[name]}, is in the file only" for name in left]
+    if problems:
+        raise ValueError(f"{path} does not fit the model:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return names
+
+
+def _own(array: np.ndarray) -> np.ndarray:
+    """The array, or a copy where it would change or be lost when somebody writes into the file."""
+    return array if array.flags.writeable else array.copy()
+
+
+def _differ(reader: Reader, one: str, other: str) -> bool:
+    return reader.read(one).tobytes() != reader.read(other).tobytes()
+
+
+def _spec(leaf: Any) -> Spec:
+    array = value(leaf)
+    return Spec(dtype_name(array.dtype), tuple(array.shape))
+
+
+def _leaves(source: Any) -> dict[str, Any]:
+    if isinstance(source, nnx.Module):
+        return jax_leaves(source)
+    if isinstance(source, nn.Module):
+        return torch_leaves(source)
+    if isinstance(source, Mapping):
+        if wrong := [name for name in source if not isinstance(name, str)]:
+            raise TypeError(f"source: names must be strings, got {wrong}")
+        return dict(source)
+    raise TypeError(f"expected an nnx.Module, a torch.nn.Module or a mapping of arrays, got {type(source).__name__}")

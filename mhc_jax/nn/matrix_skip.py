@@ -1,0 +1,112 @@
+"""A skip connection that mixes past states by a doubly stochastic matrix."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from mhc_jax.history import History, mix
+from mhc_jax.monitoring.connection import Shown, show_history
+from mhc_jax.monitoring.figures import history_figures, sum_errors
+from mhc_jax.nn.skip import window_of
+from mhc_jax.projections import project_doubly_stochastic, project_simplex
+
+
+class MatrixMHCSkip(nnx.Module):
+    """`x + (W h)_K` for the window h of K past states and a (K, K) matrix W projected from the live logits.
+
+    The skip takes the row of the latest state; under `doubly_stochastic` the other rows shape it through the columns.
+
+    Args:
+        max_history: window H.
+        doubly_stochastic: project to doubly stochastic matrices by Sinkhorn-Knopp; else softmax over each row.
+        iterations: Sinkhorn iterations.
+        rngs: stream `params`, for the initial logits.
+
+    Attributes:
+        mixing_logits: (max_history, max_history) parameter, the latest state last in both axes; starts at N(0, 0.01²).
+
+    Raises:
+        ValueError: max_history or iterations is below 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from mhc_jax.nn import MatrixMHCSkip
+        >>> skip = MatrixMHCSkip(max_history=2, rngs=nnx.Rngs(0))
+        >>> skip(jnp.zeros(3), [jnp.ones(3), 3 * jnp.ones(3)]).round(1)
+        Array([2., 2., 2.], dtype=float32)
+        >>> skip.mixing_matrix().sum(axis=0).round(5)
+        Array([1., 1.], dtype=float32)
+    """
+
+    def __init__(
+        self, max_history: int = 4, doubly_stochastic: bool = True, iterations: int = 10, *, rngs: nnx.Rngs
+    ) -> None:
+        for name, value in (("max_history", max_history), ("iterations", iterations)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}")
+        self.max_history = max_history
+        self.doubly_stochastic = doubly_stochastic
+        self.iterations = iterations
+        self.mixing_logits = nnx.Param(0.01 * jax.random.normal(rngs.params(), (max_history, max_history)))
+
+    def mixing_matrix(self, k: int | None = None) -> Float[Array, "k k"]:
+        """The projected matrix of `k` live states (default: a full window).
+
+        Raises:
+            ValueError: k is not in 1..max_history.
+        """
+        k = self.max_history if k is None else k
+        if not 1 <= k <= self.max_history:
+            raise ValueError(f"k must be in 1..{self.max_history}, got {k}")
+        logits = self.mixing_logits[-k:, -k:]
+        return project_doubly_stochastic(logits, self.iterations) if self.doubly_stochastic else project_simplex(logits)
+
+    def mixing_weights(self, k: int | None = None) -> Float[Array, "k"]:
+        """The weights that `k` live states get, the latest last: the last row of the matrix."""
+        return self.mixing_matrix(k)[-1]
+
+    def __call__(
+        self, x: Float[Array, "*shape"], history: Sequence[Float[Array, "*shape"]] | History
+    ) -> Float[Array, "*shape"]:
+        """Adds the mixed history to the branch output `x`; an empty history leaves `x` as it is.
+
+        Raises:
+            ValueError: the shape of a state differs from that of x, or a `History` has another window.
+        """
+        if isinstance(history, History):
+            if history.max_history != self.max_history:
+                raise ValueError(f"history has a window of {history.max_history}, expected {self.max_history}")
+            return mix(x, list(history.window), self._live_weights(history.count))
+        states = list(history[-self.max_history :])
+        for state in states:
+            if state.shape != x.shape:
+                raise ValueError(f"history has a state of shape {state.shape}, and the branch gave {x.shape}")
+        return mix(x, states, self.mixing_weights(len(states))) if states else x
+
+    def figures(self, grads: nnx.State) -> dict[str, Array]:
+        """What `mhc_jax.monitoring.diagnostics.diagnose` reports."""
+        rows, columns = sum_errors(self.mixing_matrix())
+        figures = history_figures(self.mixing_weights()) | {"row_sum_error": rows, "column_sum_error": columns}
+        return figures | {"logits_grad_norm": optax.tree.norm(grads["mixing_logits"])[None]}
+
+    def shown(self, figures: Mapping[str, np.ndarray]) -> Shown:
+        """What the dashboard shows of the figures."""
+        return show_history(figures, {"": self.max_history}, container=False)
+
+    def recorded(self, x: Array, history: Sequence[Array] | History) -> tuple[Array, list[Array]]:
+        """What a call depends on: the branch's output, and the states in the window."""
+        return x, window_of(history, self.max_history)
+
+    def _live_weights(self, count: Int[Array, ""]) -> Float[Array, "H"]:
+        # The number of live states is not known while tracing; what is known is that it is one of H.
+        def padded(k: int) -> Array:
+            return jnp.pad(self.mixing_weights(k), (self.max_history - k, 0))
+
+        return lax.switch(count - 1, [lambda k=k: padded(k) for k in range(1, self.max_history + 1)])

@@ -1,0 +1,241 @@
+"""A branch connected to streams: read its input from them, write its output back; and the two ends of a network."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mhc_jax.kernels import stream_read as read_kernels
+from mhc_jax.kernels import stream_write as write_kernels
+from mhc_jax.kernels.choice import Implementation, implemented
+from mhc_jax.streams.config import StreamConfig
+from mhc_jax.streams.maps import (
+    HeadParams,
+    Maps,
+    StreamParams,
+    check_implementation,
+    check_params,
+    check_streams,
+    flattened,
+    maps,
+    maps_from_normalized,
+    raw_logits,
+)
+
+
+def read(
+    params: StreamParams,
+    streams: Float[Array, "*tokens n C"],
+    config: StreamConfig,
+    *,
+    implementation: Implementation = None,
+) -> tuple[Float[Array, "*tokens C"], Float[Array, "*tokens n"], Float[Array, "*tokens n n"]]:
+    """The branch's input H_pre X, and the maps H_post and H_res for `write`.
+
+    Kept for backward: the streams themselves and `config.logits` + 1 numbers a token; the maps are computed again.
+
+    Args:
+        implementation: "pallas" for the kernels of `mhc_jax.kernels.stream_read` and `mhc_jax.kernels.sinkhorn`, "xla"
+            or None for what XLA fuses. Static maps are small and always XLA's.
+
+    Raises:
+        ValueError: if `streams` has not n streams, or its width is not that of `params`.
+        TypeError: if `streams` is not of a floating dtype.
+    """
+    check_params(params, streams, config)
+    check_implementation(implementation)
+    if params.phi is None or params.alpha is None:
+        pre, post, res = maps(params, streams, config)
+        return _collapse(pre, streams), post, res
+    return _read(*params, streams, config, implementation)
+
+
+def _collapse(pre: Array, streams: Array, implementation: Implementation = None) -> Array:
+    return implemented(implementation, read_kernels.collapse, _collapse_by_xla)(pre, streams)
+
+
+def _collapse_by_xla(pre: Array, streams: Array) -> Array:
+    return jnp.einsum("...n,...nc->...c", pre, streams.astype(pre.dtype)).astype(streams.dtype)
+
+
+def _collapse_weights_by_xla(d_input: Array, streams: Array, *, dtype: Any) -> Array:
+    return jnp.einsum("...c,...nc->...n", d_input.astype(dtype), streams.astype(dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _read(
+    phi: Array, alpha: Array, bias: Array, streams: Array, config: StreamConfig, implementation: Implementation
+) -> tuple[Array, Array, Array]:
+    raw, inverse_rms = raw_logits(phi, streams, config, implementation)
+    pre, post, res = maps_from_normalized(raw * inverse_rms, alpha, bias, config, implementation)
+    return _collapse(pre, streams, implementation), post, res
+
+
+def _read_fwd(
+    phi: Array, alpha: Array, bias: Array, streams: Array, config: StreamConfig, implementation: Implementation
+) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
+    raw, inverse_rms = raw_logits(phi, streams, config, implementation)
+    # By `jax.vjp`, which puts the forward pass of `sinkhorn` in its place: a Hessian needs derivatives of both modes.
+    maps_of = partial(maps_from_normalized, config=config, implementation=implementation)
+    (pre, post, res), _ = jax.vjp(maps_of, raw * inverse_rms, alpha, bias)
+    return (_collapse(pre, streams, implementation), post, res), (phi, alpha, bias, streams, raw, inverse_rms)
+
+
+def _read_bwd(
+    config: StreamConfig,
+    implementation: Implementation,
+    saved: tuple[Array, ...],
+    cotangents: tuple[Array, Array, Array],
+) -> tuple[Array, Array, Array, Array]:
+    phi, alpha, bias, streams, raw, inverse_rms = saved
+    d_input, d_post, d_res = cotangents
+    dtype = raw.dtype
+    normalized = raw * inverse_rms
+    maps_again = partial(maps_from_normalized, config=config, implementation=implementation)
+    (pre, _, _), pullback = jax.vjp(maps_again, normalized, alpha, bias)
+    weights = implemented(implementation, read_kernels.collapse_weights, _collapse_weights_by_xla)
+    d_pre = weights(d_input, streams, dtype=dtype)
+    d_normalized, d_alpha, d_bias = pullback(Maps(d_pre, d_post, d_res))
+    # Through 1 / rms, vec(X) gets radial * (vec(X) / rms). No factor here is the square of a stream, or of 1 / rms.
+    d_raw = d_normalized * inverse_rms
+    radial = -jnp.sum(d_normalized * normalized, axis=-1, keepdims=True) * inverse_rms / phi.shape[0]
+    backward = implemented(implementation, read_kernels.backward, _backward_by_xla)
+    d_streams, d_phi = backward(streams, phi.astype(dtype), pre, d_input, d_raw, radial, inverse_rms)
+    return d_phi.astype(phi.dtype), d_alpha, d_bias, d_streams
+
+
+def _backward_by_xla(
+    streams: Array, phi: Array, pre: Array, d_input: Array, d_raw: Array, radial: Array, inverse_rms: Array
+) -> tuple[Array, Array]:
+    dtype = phi.dtype
+    flat = flattened(streams, dtype)
+    tokens = tuple(range(d_raw.ndim - 1))
+    # Transposed on the way: the tall result (nC, m) directly is the slow side of a CPU's matrix product.
+    d_phi = jnp.tensordot(d_raw, flat, (tokens, tokens)).T
+    d_flat = jnp.matmul(d_raw, phi.T) + radial * (flat * inverse_rms)
+    d_streams = d_flat.reshape(streams.shape) + pre[..., None] * d_input.astype(dtype)[..., None, :]
+    return d_streams.astype(streams.dtype), d_phi
+
+
+_read.defvjp(_read_fwd, _read_bwd)
+
+
+def write(
+    streams: Float[Array, "*tokens n C"],
+    output: Float[Array, "*tokens C"],
+    post: Float[Array, "*tokens n"],
+    res: Float[Array, "*tokens n n"],
+    *,
+    implementation: Implementation = None,
+) -> Float[Array, "*tokens n C"]:
+    """H_res X + H_post^T y: the streams after a branch whose output is y.
+
+    Args:
+        implementation: "pallas" for the kernels of `mhc_jax.kernels.stream_write`, "xla" or None for what XLA fuses.
+
+    Raises:
+        ValueError: if the output has not the shape of one stream.
+        TypeError: if the streams cannot hold the dtype of the output, as bfloat16 cannot float32.
+    """
+    expected = (*streams.shape[:-2], streams.shape[-1])
+    if jnp.shape(output) != expected:
+        raise ValueError(f"the branch must keep the shape of its input {expected}, its output has {jnp.shape(output)}")
+    if jnp.promote_types(output.dtype, streams.dtype) != streams.dtype:
+        raise TypeError(f"the output of the branch must fit into the streams, {streams.dtype}, and has {output.dtype}")
+    output = output.astype(streams.dtype)
+    check_implementation(implementation)
+    return _write(streams, output, post, res, implementation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _write(streams: Array, output: Array, post: Array, res: Array, implementation: Implementation) -> Array:
+    return implemented(implementation, write_kernels.write, _write_by_xla)(streams, output, post, res)
+
+
+def _merged(streams: Array, output: Array, post: Array, res: Array) -> Array:
+    old, new = streams.astype(res.dtype), output.astype(res.dtype)
+    # A sum over streams rather than a product of tiny matrices: it fuses into one pass over the streams.
+    mixed = post[..., None] * new[..., None, :]
+    for j in range(res.shape[-1]):
+        mixed += res[..., j, None] * old[..., None, j, :]
+    return mixed.astype(streams.dtype)
+
+
+# One piece to the policy of `apply_layers`, which would keep the products inside, whose factors are not streams.
+_write_by_xla = jax.custom_jvp(_merged)
+
+
+_write_by_xla.defjvp(lambda primals, tangents: jax.jvp(_merged, primals, tangents))
+
+
+def _write_fwd(
+    streams: Array, output: Array, post: Array, res: Array, implementation: Implementation
+) -> tuple[Array, tuple[Array, ...]]:
+    merged = implemented(implementation, write_kernels.write, _write_by_xla)(streams, output, post, res)
+    return merged, (streams, output, post, res)
+
+
+def _write_bwd(implementation: Implementation, saved: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
+    return implemented(implementation, write_kernels.write_backward, _write_backward_by_xla)(cotangent, *saved)
+
+
+def _write_backward_by_xla(
+    cotangent: Array, streams: Array, output: Array, post: Array, res: Array
+) -> tuple[Array, ...]:
+    d = cotangent.astype(res.dtype)
+    d_streams = jnp.zeros_like(d)
+    for i in range(res.shape[-1]):
+        d_streams += res[..., i, :, None] * d[..., i, None, :]
+    d_output = jnp.einsum("...n,...nc->...c", post, d)
+    d_post = jnp.einsum("...nc,...c->...n", d, output.astype(res.dtype))
+    d_res = jnp.einsum("...ic,...jc->...ij", d, streams.astype(res.dtype))
+    return d_streams.astype(streams.dtype), d_output.astype(output.dtype), d_post, d_res
+
+
+_write.defvjp(_write_fwd, _write_bwd)
+
+
+def wrap(
+    branch: Callable[..., Array], config: StreamConfig, *, implementation: Implementation = None
+) -> Callable[..., Array]:
+    """`branch(x, *args, **kwargs)` on one stream becomes `connected(params, streams, *args, **kwargs)` on n of them.
+
+    Args:
+        implementation: as of `read` and `write`.
+    """
+
+    def connected(params: StreamParams, streams: Array, *args: Any, **kwargs: Any) -> Array:
+        x, post, res = read(params, streams, config, implementation=implementation)
+        return write(streams, branch(x, *args, **kwargs), post, res, implementation=implementation)
+
+    return connected
+
+
+def expand(x: Float[Array, "*tokens C"], streams: int) -> Float[Array, "*tokens n C"]:
+    """n copies of x. Once, before the first layer. A ValueError if `streams`, n, is below 1."""
+    if streams < 1:
+        raise ValueError(f"streams must be at least 1, got {streams}")
+    return jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], streams, x.shape[-1]))
+
+
+def reduce(streams: Float[Array, "*tokens n C"], how: Literal["mean", "sum"] = "mean") -> Float[Array, "*tokens C"]:
+    """The mean or the sum of the streams. Once, after the last layer. `head` is the learned way."""
+    if how not in ("mean", "sum"):
+        raise ValueError(f"how must be 'mean' or 'sum', got {how!r}")
+    total = jnp.sum(streams, axis=-2, dtype=jnp.promote_types(streams.dtype, jnp.float32))
+    return (total / streams.shape[-2] if how == "mean" else total).astype(streams.dtype)
+
+
+def head(params: HeadParams, streams: Float[Array, "*tokens n C"], config: StreamConfig) -> Float[Array, "*tokens C"]:
+    """Learned reduction of the streams by a map like H_pre, as DeepSeek-V4 ends (`DeepseekV4HyperHead`).
+
+    Raises:
+        ValueError, TypeError: as `read`.
+    """
+    check_streams(params.phi, streams, config, config.streams)
+    raw, inverse_rms = raw_logits(params.phi, streams, config)
+    pre = jax.nn.sigmoid(params.alpha * raw * inverse_rms + params.bias) + config.epsilon
+    return _collapse(pre, streams)

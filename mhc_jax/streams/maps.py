@@ -1,0 +1,157 @@
+"""The three maps of streams, from the streams of the same token by one product of all their entries.
+
+    logits = alpha * (RMSNorm(vec X) phi) + bias,    H_pre = sigmoid,  H_post = 2 sigmoid,  H_res = a constraint's
+
+Maps are float32 whatever the dtype of the streams (float64 for float64 streams).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mhc_jax.kernels import stream_read as read_kernels
+from mhc_jax.kernels.choice import Implementation, implemented
+from mhc_jax.streams import norm
+from mhc_jax.streams.config import StreamConfig
+from mhc_jax.streams.constraints import CONSTRAINTS
+
+
+class StreamParams(NamedTuple):
+    """Parameters of one layer's maps; `phi` and `alpha` are None for static maps. m = `config.logits`."""
+
+    phi: Float[Array, "nC m"] | None
+    alpha: Float[Array, "3"] | None
+    bias: Float[Array, " m"]
+
+
+class HeadParams(NamedTuple):
+    """Parameters of `head`."""
+
+    phi: Float[Array, "nC n"]
+    alpha: Float[Array, "1"]
+    bias: Float[Array, " n"]
+
+
+class Maps(NamedTuple):
+    pre: Float[Array, "*tokens n"]
+    post: Float[Array, "*tokens n"]
+    res: Float[Array, "*tokens n n"]
+
+
+def init_params(
+    config: StreamConfig, width: int, layer_index: int | Array = 0, dtype: Any = jnp.float32
+) -> StreamParams:
+    """Parameters with which a network of streams computes what the plain residual network does.
+
+    phi is 0. H_pre reads half of its input from stream `layer_index` mod n and the other half evenly from all: the
+    weights sum to 1, so equal streams are read as one, and as they differ the streams get different gradients and part.
+    H_post is 1, and the rows of H_res sum to 1: it is the identity to 1e-3 ("none": exactly). The logits -8 off the
+    identity and the gates alpha = 0.01 are those of mHC-lite and KromHC, and the paper's table 5.
+
+    Args:
+        width: features C of one stream.
+        layer_index: which wrapped branch of the network this is, counted from 0; may be traced.
+    """
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+    n = config.streams
+    constraint = CONSTRAINTS[config.constraint]
+    pre, post = 1 / (2 * n) + jnp.where(jnp.arange(n) == layer_index % n, 1 / 2, 0), jnp.ones(n)
+    if constraint.bounded:
+        # One stream is read with weight sigmoid(16) = 1 - 1e-7: the logit of exactly 1 does not exist.
+        pre, post = jnp.minimum(jax.scipy.special.logit(pre), 16), jnp.zeros(n)
+    bias = jnp.concatenate([pre, post, constraint.identity(n)]).astype(dtype)
+    if not config.dynamic:
+        return StreamParams(None, None, bias)
+    return StreamParams(jnp.zeros((n * width, config.logits), dtype), jnp.full(3, 0.01, dtype), bias)
+
+
+def maps(params: StreamParams, streams: Float[Array, "*tokens n C"], config: StreamConfig) -> Maps:
+    """H_pre, H_post and H_res of every token, in float32 (float64 for float64 streams)."""
+    check_params(params, streams, config)
+    lead = streams.shape[:-2]
+    dtype = jnp.promote_types(streams.dtype, jnp.float32)
+    if params.phi is None or params.alpha is None:
+        static = _maps_from_logits(params.bias.astype(dtype), config)
+        return Maps(*(jnp.broadcast_to(m, lead + m.shape) for m in static))
+    raw, inverse_rms = raw_logits(params.phi, streams, config)
+    return maps_from_normalized(raw * inverse_rms, params.alpha, params.bias, config)
+
+
+def raw_logits(
+    phi: Array, streams: Array, config: StreamConfig, implementation: Implementation = None
+) -> tuple[Array, Array]:
+    """vec(X) phi, and 1 / rms(vec X): normalizing after the projection spares a normalized copy of the streams."""
+    phi = phi.astype(jnp.promote_types(streams.dtype, jnp.float32))
+    project = implemented(implementation, read_kernels.project, _project_by_xla)
+    return project(streams, phi, epsilon=config.norm_epsilon)
+
+
+def flattened(streams: Array, dtype: Any) -> Array:
+    *tokens, n, width = streams.shape
+    return streams.reshape(*tokens, n * width).astype(dtype)
+
+
+def _project_by_xla(streams: Array, phi: Array, *, epsilon: float) -> tuple[Array, Array]:
+    flat = flattened(streams, phi.dtype)
+    return jnp.matmul(flat, phi), norm.inverse_rms(flat, epsilon)
+
+
+def maps_from_normalized(
+    normalized: Array,
+    alpha: Array,
+    bias: Array,
+    config: StreamConfig,
+    implementation: Implementation = None,
+) -> Maps:
+    sizes = np.array([config.streams, config.streams, config.residual_logits])
+    gates = jnp.repeat(alpha.astype(normalized.dtype), sizes, total_repeat_length=config.logits)
+    dynamic = normalized if CONSTRAINTS[config.constraint].bounded else jnp.tanh(normalized)
+    return _maps_from_logits(gates * dynamic + bias.astype(normalized.dtype), config, implementation)
+
+
+def _maps_from_logits(logits: Array, config: StreamConfig, implementation: Implementation = None) -> Maps:
+    n = config.streams
+    pre, post, res = jnp.split(logits, [n, 2 * n], axis=-1)
+    constraint = CONSTRAINTS[config.constraint]
+    if constraint.bounded:
+        pre, post = jax.nn.sigmoid(pre) + config.epsilon, 2 * jax.nn.sigmoid(post)
+    return Maps(pre, post, constraint.residual(res, config, implementation))
+
+
+def init_head_params(config: StreamConfig, width: int, dtype: Any = jnp.float32) -> HeadParams:
+    """Parameters of `head` with which it starts as the mean of the streams."""
+    n = config.streams
+    bias = jnp.full(n, 16 if n == 1 else -math.log(n - 1), dtype)
+    return HeadParams(jnp.zeros((n * width, n), dtype), jnp.full(1, 0.01, dtype), bias)
+
+
+def check_implementation(implementation: Implementation) -> None:
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(f"implementation must be 'xla', 'pallas' or None, got {implementation!r}")
+
+
+def check_params(params: StreamParams, streams: Array, config: StreamConfig) -> None:
+    check_streams(params.phi, streams, config, config.logits)
+    if params.bias.shape != (config.logits,):
+        raise ValueError(f"bias must have shape {(config.logits,)}, got {params.bias.shape}")
+
+
+def check_streams(phi: Array | None, streams: Array, config: StreamConfig, columns: int) -> None:
+    if not jnp.issubdtype(streams.dtype, jnp.floating) or streams.dtype.itemsize < 2:
+        raise TypeError(f"streams must have a floating dtype, got {streams.dtype}: 16 bits at least")
+    if streams.ndim < 2 or streams.shape[-2] != config.streams:
+        raise ValueError(
+            f"streams must have shape (..., {config.streams}, width), got {streams.shape}; "
+            "expand the network's input once, before the first layer"
+        )
+    features = config.streams * streams.shape[-1]
+    if phi is not None and phi.shape != (features, columns):
+        raise ValueError(
+            f"phi must have shape {(features, columns)} for streams of width {streams.shape[-1]}, got {phi.shape}: "
+            f"it was made for width {phi.shape[0] // config.streams}"
+        )

@@ -1,0 +1,126 @@
+"""One jitted, donated update of any NNX model by any optax optimizer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mhc_jax.monitoring.nonfinite import expect_finite
+
+Batch = Any
+
+
+Metrics = Mapping[str, Any]
+
+
+LossFn = Callable[[Any, Batch], tuple[Float[Array, ""], Metrics]]
+
+
+Diagnose = Callable[[Any, nnx.State], Metrics]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything a run needs to go on, as one pytree: shard it, donate it, save it with `mhc_jax.training.checkpoint`.
+
+    Attributes:
+        step: number of updates made, int32.
+        params: the parameters, which the optimizer updates.
+        rest: whatever else the model holds and changes, such as batch statistics and random streams.
+        opt_state: the state of the optimizer.
+        graphdef: the structure of the model; static under jit.
+    """
+
+    step: Int[Array, ""]
+    params: nnx.State
+    rest: nnx.State
+    opt_state: optax.OptState
+    graphdef: nnx.GraphDef[Any] = field(metadata={"static": True})
+
+    @classmethod
+    def create(cls, model: nnx.Module, optimizer: optax.GradientTransformation) -> "TrainState":
+        """The state before the first step. Copies the arrays: donating the state leaves `model` intact."""
+        states = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
+        params, rest = jax.tree.map(jnp.copy, states)
+        return cls(jnp.int32(0), params, rest, optimizer.init(params), nnx.graphdef(model))
+
+    @property
+    def model(self) -> Any:
+        """The model, with the arrays of this state: a step that donates the state takes them away."""
+        return nnx.merge(self.graphdef, self.params, self.rest, copy=True)
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    diagnose: Diagnose | None = None,
+    shardings: TrainState | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+    """Compiles one update of the parameters.
+
+    Args:
+        loss_fn: `(model, batch) -> (loss, metrics)` with a scalar loss and a dict of further metrics, any pytree.
+            Changes that the forward makes to the model (batch statistics, random streams) are kept.
+        optimizer: the one `TrainState.create` was given.
+        diagnose: `(model, grads) -> dict`, such as `mhc_jax.monitoring.diagnostics.diagnose`: what else to report from
+            the parameters and gradients already at hand, without a second forward.
+        shardings: where the new state lives, from `mhc_jax.training.sharding`. Without it, the compiler decides.
+
+    Returns:
+        `train_step(state, batch) -> (state, metrics)`. It donates the old state, whose arrays must not be used again.
+        `metrics` are `loss`, `grad_norm` (of all gradients together) and those of `loss_fn`, `diagnose` under its own
+        name; they stay on the device until read.
+
+    Raises:
+        ValueError: on the first call, if a metric has a name that the step reports itself.
+        TypeError: on the first call, if `loss_fn` returns something else.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from flax import nnx
+        >>> def loss_fn(model, batch):
+        ...     error = jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
+        ...     return error, {"rmse": jnp.sqrt(error)}
+        >>> optimizer = optax.adam(0.1)
+        >>> state = TrainState.create(nnx.Linear(2, 1, rngs=nnx.Rngs(0)), optimizer)
+        >>> train_step = make_train_step(loss_fn, optimizer)
+        >>> batch = {"x": jnp.eye(2), "y": jnp.array([[1.0], [2.0]])}
+        >>> for _ in range(200):
+        ...     state, metrics = train_step(state, batch)
+        >>> sorted(metrics), bool(metrics["loss"] < 1e-3), int(state.step)
+        (['grad_norm', 'loss', 'rmse'], True, 200)
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        def loss_and_rest(params: nnx.State) -> tuple[Float[Array, ""], tuple[Metrics, nnx.State]]:
+            model = replace(state, params=params).model
+            result = loss_fn(model, batch)
+            if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+                raise TypeError(
+                    f"loss_fn must return (loss, metrics), where metrics is a dict, maybe {{}}; got {result}"
+                )
+            loss, metrics = result
+            return loss, (metrics, nnx.state(model, nnx.Not(nnx.Param)))
+
+        (loss, (metrics, rest)), grads = jax.value_and_grad(loss_and_rest, has_aux=True)(state.params)
+        expect_finite(loss, "loss")
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(grads):
+            expect_finite(leaf, f"gradient of {jax.tree_util.keystr(keys[:-1], simple=True, separator='/')}")
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        new_state = replace(state, step=state.step + 1, params=params, rest=rest, opt_state=opt_state)
+        report = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        if diagnose is not None:
+            report["diagnostics"] = diagnose(replace(state, rest=rest).model, grads)
+        if clash := report.keys() & metrics.keys():
+            raise ValueError(f"loss_fn: its metrics {sorted(clash)} have names that the step reports itself")
+        return new_state, report | dict(metrics)
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))

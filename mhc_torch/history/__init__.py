@@ -1,0 +1,1 @@
+"""History: a window of earlier states, mixed into one residual stream."""

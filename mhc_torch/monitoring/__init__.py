@@ -1,0 +1,1 @@
+"""What the connections of a model do while it trains: figures, pictures, stability, profiles."""

@@ -1,0 +1,148 @@
+"""MHCSequential: a stack of branches whose outputs are mixed with the stack's own past states."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mhc_torch import _private
+from mhc_torch.history.config import resolve_config
+from mhc_torch.history.mixing import check_arithmetic
+from mhc_torch.history.tape import Tape
+from mhc_torch.history.window import HistoryBuffer
+from mhc_torch.monitoring.connection import whole
+from mhc_torch.nn.compatible import mhc_compatible
+from mhc_torch.nn.skip import MHCSkip
+
+
+@mhc_compatible
+class MHCSequential(nn.Module):
+    """x_{l+1} = f_l(x_l) + g_l * sum_k alpha_{l,k} x_k for each module f_l in turn; the window includes the input x_0.
+
+    Keywords that are left out come from `get_default_config()`; see MHCConfig for their meaning.
+
+    Args:
+        modules: the branches f_l, each from one tensor to one tensor.
+        use_checkpointing: keep only the states, and compute the inside of each branch again for the gradient.
+
+    Attributes:
+        wrapped_modules: the branches.
+        skip_layers: one MHCSkip for each branch.
+        history_buffer: what the last forward left to the next one if clear_history_each_forward is off, else empty: the
+            states of a forward belong to it alone, so that threads can share a stack, and a branch can call it.
+
+    Raises:
+        TypeError: one of `modules` is no torch.nn.Module; others as MHCConfig.
+        ValueError: as MHCConfig.
+    """
+
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        max_history: int | None = None,
+        mode: str | None = None,
+        constraint: str | None = None,
+        epsilon: float | None = None,
+        temperature: float | None = None,
+        clear_history_each_forward: bool | None = None,
+        detach_history: bool | None = None,
+        use_gating: bool | None = None,
+        use_checkpointing: bool = False,
+        prune_threshold: float | None = None,
+        stochastic: bool | None = None,
+        auto_project: bool | None = None,
+        init: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(modules, Iterable):
+            kind = type(modules).__name__
+            raise TypeError(f"modules must be an iterable of modules, [first, second, ...]; got {kind}")
+        self.wrapped_modules = nn.ModuleList(modules)
+        config = resolve_config(
+            max_history=max_history,
+            mode=mode,
+            constraint=constraint,
+            epsilon=epsilon,
+            temperature=temperature,
+            clear_history_each_forward=clear_history_each_forward,
+            detach_history=detach_history,
+            use_gating=use_gating,
+            prune_threshold=prune_threshold,
+            stochastic=stochastic,
+            auto_project=auto_project,
+            init=init,
+        )
+        self.skip_layers = nn.ModuleList(MHCSkip(config=config) for _ in self.wrapped_modules)
+        for depth, skip in enumerate(self.skip_layers, start=1):
+            skip.live = min(depth, config.max_history)  # type: ignore[assignment]
+        self.history_buffer = HistoryBuffer(config.max_history, config.detach_history)
+        self.clear_history_each_forward = config.clear_history_each_forward
+        self.use_checkpointing = use_checkpointing
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """The last state.
+
+        Raises:
+            ValueError: as MHCSkip.forward.
+            TypeError: as MHCSkip.forward; x is no tensor, or of eight bits.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        check_arithmetic(x)
+        buffer = self.history_buffer
+        states = buffer.with_state([] if self.clear_history_each_forward else buffer.get(), x)
+        tape = tape_of(list(self.skip_layers), x, len(states), buffer.detach_history)
+        for module, skip in zip(self.wrapped_modules, self.skip_layers, strict=True):
+            if self.use_checkpointing and torch.is_grad_enabled():
+                branch = checkpoint(module, x, use_reentrant=False)
+            else:
+                branch = module(x)
+            x = skip(branch, states, tape)
+            states = buffer.with_state(states, x)
+        if not self.clear_history_each_forward:
+            buffer.replace(states)
+        return x
+
+    def branch_of(self, skip: nn.Module) -> nn.Module | None:
+        """The branch whose output `skip` mixes; None if it is no skip of this stack."""
+        pairs = zip(self.skip_layers, self.wrapped_modules, strict=True)
+        return next((branch for own, branch in pairs if own is skip), None)
+
+    def residual_maps(self) -> Float[Tensor, "L H H"]:
+        """What each layer does to the window: the oldest state drops out, the weighted sum comes in; float64."""
+        skips: list[Any] = list(self.skip_layers)
+        window = max((skip.max_history for skip in skips), default=0)
+        maps = torch.eye(window, dtype=torch.float64).roll(-1, 0).repeat(len(skips), 1, 1)
+        for step, skip in zip(maps, skips, strict=True):
+            alpha = whole(skip.mixing_weights()).double().cpu()
+            if skip.use_gating:
+                alpha *= whole(skip.gate_logit).double().sigmoid().cpu()
+            step[-1] = 0
+            step[-1, window - len(alpha) :] = alpha
+        return maps
+
+
+def tape_of(skips: Sequence[Any], x: Float[Tensor, "*shape"], states: int, detach_history: bool) -> Tape | None:
+    """The logits of all layers, projected at once; the first layer sees so many `states`, each next one more.
+
+    None where they cannot be: skips that no longer share their settings project for themselves, and so do those
+    whose parameters are sharded (`fully_shard`), which are whole only inside of their own forward.
+    """
+    configs = [skip.config for skip in skips]
+    if not skips or configs.count(configs[0]) < len(skips) or configs[0].mode == "residual":
+        return None
+    first, each = skips[0], [skip.mixing_logits for skip in skips]
+    if any(type(logits) is not nn.Parameter and _private.holds_tensors(logits) for logits in each):
+        return None
+    logits = torch.stack(each)
+    window = logits.shape[1]
+    # Layer l has states + l past states; the columns c before those, c + l < window - states, are dead.
+    dead = (torch.arange(window + len(skips) - 1, device=logits.device) < window - states).unfold(0, window, 1)
+    gate_logits = torch.stack([skip.gate_logit for skip in skips]) if first.use_gating else None
+    weights = first.coefficients(logits.masked_fill(dead, -math.inf), gate_logits)
+    # Tensors that are kept without their graph get no gradient to share.
+    return Tape(x, weights, alone=states == 1 and not detach_history)

@@ -1,0 +1,112 @@
+"""A branch connected to streams: read its input from them, write its output back; and the two ends of a network."""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mhc_torch.following import followed, full_precision
+from mhc_torch.history.mixing import autocasts
+
+
+class _Collapse(torch.autograd.Function):
+    """pre (T, n), streams (T, n, C) -> (T, C), in the streams' dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, streams: Tensor) -> Tensor:
+        ctx.save_for_backward(pre, streams)
+        return torch.bmm(pre[:, None], streams.to(pre.dtype))[:, 0].to(streams.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        pre, streams = ctx.saved_tensors
+        d = cotangent.to(pre.dtype)[:, None]
+        return torch.bmm(d, streams.to(pre.dtype).mT)[:, 0], (pre[..., None] * d).to(streams.dtype)
+
+
+class _Write(torch.autograd.Function):
+    """streams (T, n, C), output (T, C), post (T, n), res (T, n, n) -> streams (T, n, C)."""
+
+    @staticmethod
+    def forward(ctx: Any, streams: Tensor, output: Tensor, post: Tensor, res: Tensor) -> Tensor:
+        ctx.save_for_backward(streams, output, post, res)
+        mixed = post[..., None] * output.to(res.dtype)[:, None]
+        return _add_product(mixed, res, streams.to(res.dtype)).to(streams.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        streams, output, post, res = ctx.saved_tensors
+        d = cotangent.to(res.dtype).contiguous()
+        d_streams = _add_product(torch.zeros_like(d), res.mT, d).to(streams.dtype)
+        d_output = torch.bmm(post[:, None], d)[:, 0].to(output.dtype)
+        d_post = torch.bmm(output.to(res.dtype)[:, None], d.mT)[:, 0]
+        return d_streams, d_output, d_post, torch.bmm(d, streams.to(res.dtype).mT)
+
+
+def _add_product(total: Tensor, matrices: Tensor, streams: Tensor) -> Tensor:
+    """total + matrices (T, n, n) @ streams (T, n, C), in place of `total`.
+
+    A sum over streams takes as long as a product of tiny matrices, and a compiler fuses it with what is around.
+    """
+    for j in range(streams.shape[1]):
+        total.addcmul_(matrices[:, :, j, None], streams[:, j, None])
+    return total
+
+
+def collapse(pre: Float[Tensor, "*tokens n"], streams: Float[Tensor, "*tokens n C"]) -> Float[Tensor, "*tokens C"]:
+    """The branch's input H_pre X, in the dtype of the streams."""
+    with full_precision(streams):
+        if followed(streams):
+            return (pre[..., None] * streams.to(pre.dtype)).sum(-2).to(streams.dtype)
+        result: Tensor = _Collapse.apply(pre.reshape(-1, pre.shape[-1]), streams.reshape(-1, *streams.shape[-2:]))
+    return result.reshape(*streams.shape[:-2], streams.shape[-1])
+
+
+def write(
+    streams: Float[Tensor, "*tokens n C"],
+    output: Float[Tensor, "*tokens C"],
+    post: Float[Tensor, "*tokens n"],
+    res: Float[Tensor, "*tokens n n"],
+) -> Float[Tensor, "*tokens n C"]:
+    """H_res X + H_post^T y: the streams after a branch whose output is y.
+
+    Raises:
+        ValueError: if the output has not the shape of one stream.
+        TypeError: if the streams cannot hold the dtype of the output, as bfloat16 cannot float32; autocast casts it.
+    """
+    expected = (*streams.shape[:-2], streams.shape[-1])
+    if output.shape != expected:
+        raise ValueError(
+            f"the branch must keep the shape of its input {expected}, its output has {tuple(output.shape)}"
+        )
+    if output.dtype != streams.dtype:
+        if torch.promote_types(output.dtype, streams.dtype) != streams.dtype and not autocasts(streams.device.type):
+            raise TypeError(
+                f"the output of the branch must fit into the streams, {streams.dtype}, and has {output.dtype}"
+            )
+        output = output.to(streams.dtype)
+    n, width = streams.shape[-2:]
+    with full_precision(streams):
+        if followed(streams):
+            mixed = res @ streams.to(res.dtype) + post[..., None] * output.to(res.dtype)[..., None, :]
+            return mixed.to(streams.dtype)
+        result: Tensor = _Write.apply(
+            streams.reshape(-1, n, width), output.reshape(-1, width), post.reshape(-1, n), res.reshape(-1, n, n)
+        )
+    return result.reshape(streams.shape)
+
+
+def expand(x: Float[Tensor, "*tokens C"], streams: int) -> Float[Tensor, "*tokens n C"]:
+    """n copies of x. Once, before the first layer. A ValueError if `streams`, n, is below 1."""
+    if streams < 1:
+        raise ValueError(f"streams must be at least 1, got {streams}")
+    # Copies and not views of one: products of batches run one by one for matrices whose rows share their memory.
+    return x[..., None, :].expand(*x.shape[:-1], streams, x.shape[-1]).contiguous()
+
+
+def reduce(streams: Float[Tensor, "*tokens n C"], how: Literal["mean", "sum"] = "mean") -> Float[Tensor, "*tokens C"]:
+    """The mean or the sum of the streams. Once, after the last layer. `StreamHead` is the learned way."""
+    if how not in ("mean", "sum"):
+        raise ValueError(f"how must be 'mean' or 'sum', got {how!r}")
+    return streams.mean(-2) if how == "mean" else streams.sum(-2)

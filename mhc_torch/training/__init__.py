@@ -1,0 +1,1 @@
+"""Small helpers around a training loop of one's own."""

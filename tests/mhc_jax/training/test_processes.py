@@ -1,0 +1,87 @@
+"""Training started as two processes, each with four devices and half of the batch, is the training of one process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import json, sys
+import jax, numpy as np, optax
+from flax import nnx
+rank, count, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+if count > 1:
+    jax.distributed.initialize(f"localhost:{port}", num_processes=count, process_id=rank)
+from mhc_jax.training.checkpoint import latest, restore, save
+from mhc_jax.nn import MHCStack
+from mhc_jax.training.sharding import data_mesh, fully_sharded, shard_batch
+from mhc_jax.training import TrainState, make_train_step
+
+assert jax.device_count() == 8 and jax.process_count() == count
+mesh, optimizer = data_mesh(), optax.adam(1e-2)
+
+def new_state(seed):
+    model = MHCStack(lambda rngs: nnx.Linear(8, 8, rngs=rngs), 4, init="uniform", rngs=nnx.Rngs(seed))
+    state = TrainState.create(model, optimizer)
+    shardings = fully_sharded(state, mesh)
+    return jax.jit(lambda state: state, out_shardings=shardings)(state), shardings
+
+def batches(seed):
+    x = np.random.default_rng(seed).normal(size=(16, 8)).astype(np.float32)
+    return shard_batch(np.split(x, count)[rank], mesh)
+
+state, shardings = new_state(0)
+step = make_train_step(lambda model, x: (((model(x) - 1) ** 2).mean(), {}), optimizer, shardings=shardings)
+losses = []
+for seed in range(2):
+    state, metrics = step(state, batches(seed))
+    losses.append(float(metrics["loss"]))
+save(f"{out}/checkpoints/2", state)
+state = restore(latest(f"{out}/checkpoints"), new_state(1)[0])
+for seed in range(2, 4):
+    state, metrics = step(state, batches(seed))
+    losses.append(float(metrics["loss"]))
+for path, error in ((f"{out}/checkpoints/2", FileExistsError), (f"{out}/checkpoints/other-{rank}", ValueError)):
+    try:
+        save(path, state)
+    except error as caught:
+        assert str(caught).startswith("path"), caught
+    else:
+        assert error is ValueError and count == 1, path
+with open(f"{out}/losses-{rank}.json", "w") as file:
+    json.dump(losses, file)
+"""
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def train(out: Path, processes: int) -> list[list[float]]:
+    out.mkdir()
+    devices = f"--xla_force_host_platform_device_count={8 // processes}"
+    port = free_port()
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(rank), str(processes), str(port), str(out)],
+            env=os.environ | {"XLA_FLAGS": devices},
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(processes)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()[-3000:]
+    return [json.loads((out / f"losses-{rank}.json").read_text()) for rank in range(processes)]
+
+
+def test_two_processes_train_save_and_resume_as_one(tmp_path):
+    (alone,) = train(tmp_path / "one", 1)
+    first, second = train(tmp_path / "two", 2)
+    assert first == second
+    assert all(abs(a - b) < 1e-5 * a for a, b in zip(alone, first, strict=True)), (alone, first)
+    assert alone[-1] < alone[0]
