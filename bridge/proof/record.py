@@ -84,13 +84,6 @@ def depends_on(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _A
     return (module.recorded(*args, **kwargs), {}) if hasattr(module, "recorded") else (args, kwargs)
 
 
-def submodule(model: Any, path: str) -> Any:
-    """The node of an nnx module at a dotted path."""
-    for name in path.split(".") if path else ():
-        model = model[int(name)] if name.isdigit() else getattr(model, name)
-    return model
-
-
 def jax_float64(model: nnx.Module) -> nnx.Module:
     """A copy of an nnx module with float64 leaves, that is told to compute in it. Use it with x64 enabled."""
     model = nnx.clone(model)

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from mhc_jax import streams as functional
 from mhc_jax.monitoring.connection import Shown
 from mhc_jax.monitoring.figures import composite_gain, entropy, shares, sum_errors
-from mhc_jax.nn.merged import Merged
+from mhc_jax.nn.errors import noted
+from mhc_jax.nn.merged import Merged, drawn_streams, keep, stacked
 from mhc_jax.nn.stack import unstacked
 from mhc_jax.options import resolve
 from mhc_jax.streams import Connected, HeadParams, Implementation, Maps, StreamConfig, StreamParams, maps
@@ -30,7 +31,8 @@ class HyperConnections(nnx.Module):
     computes what the plain residual network x + branch(x) does.
 
     Args:
-        branch: a module or function; further arguments of the call reach it.
+        branch: a module or function; further arguments of the call reach it. None for a layer that keeps its branch
+            under another name, and gives it to `around`.
         width: features C of one stream.
         config: all options in one value; keywords, the fields of `StreamConfig`, change single ones.
         layer_index: which wrapped branch of the network this is, counted from 0: sets the stream it reads most.
@@ -56,7 +58,7 @@ class HyperConnections(nnx.Module):
 
     def __init__(
         self,
-        branch: Callable[..., Array],
+        branch: Callable[..., Array] | None,
         width: int,
         *,
         config: StreamConfig | None = None,
@@ -79,7 +81,15 @@ class HyperConnections(nnx.Module):
         return StreamParams(self.phi[...], self.alpha[...], self.bias[...])
 
     def __call__(self, streams: Float[Array, "*tokens n C"], *args: Any, **kwargs: Any) -> Float[Array, "*tokens n C"]:
-        connected = functional.wrap(self.branch, self.config, implementation=self.implementation)
+        if self.branch is None:
+            raise ValueError("branch is None: call around(branch, streams) instead")
+        return self.around(self.branch, streams, *args, **kwargs)
+
+    def around(
+        self, branch: Callable[..., Array], streams: Float[Array, "*tokens n C"], *args: Any, **kwargs: Any
+    ) -> Float[Array, "*tokens n C"]:
+        """The call, with a branch that is held elsewhere."""
+        connected = functional.wrap(branch, self.config, implementation=self.implementation)
         return connected(self.params(), streams, *args, **kwargs)
 
     def connected(self) -> list[Connected]:
@@ -138,20 +148,23 @@ class StreamStack(nnx.Module):
 
     Args:
         make_layer: makes one layer, (rngs, index) -> module, of `HyperConnections`: it maps streams to streams. The
-            index is traced; its variables are parameters only. Where a layer is nothing but a chain of them, and says
-            so by a method `connected`, as they do, the write of one and the read of the next are one `boundary`.
+            index is traced. A layer may use dropout, keep batch statistics or a cache, and sow. Where a layer is
+            nothing but a chain of them, and says so by a method `connected`, as they do, the write of one and the read
+            of the next are one `boundary`.
         depth: number of layers L.
         streams: number n of streams, 4 by default.
         config: of the layers, in place of `streams`.
         block_length: of how many layers the streams are kept once for the backward pass; see `streams.scan_layers`.
-        rngs: for the layers.
+        policy: what else of a layer to keep (`jax.checkpoint_policies`); the default is all its derivative needs.
+        rngs: for the layers; one with dropout draws from the stream `dropout`.
 
     Attributes:
-        layers: one module of the layer's type, whose parameters have a leading axis of length L.
+        layers: one module of the layer's type, whose variables have a leading axis of length L.
+        deterministic: no layer draws; set by `model.eval()` and `model.train()`.
 
     Raises:
         ValueError: depth is below 1; as StreamConfig.
-        TypeError: a layer holds variables that are not parameters; as StreamConfig.
+        TypeError: as StreamConfig.
 
     Example:
         >>> import jax.numpy as jnp
@@ -172,29 +185,40 @@ class StreamStack(nnx.Module):
         *,
         config: StreamConfig | None = None,
         block_length: int = 1,
+        policy: Callable[..., bool] | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         self.streams = resolve(DEFAULTS, config, streams=streams).streams
         self.block_length = block_length
-        self.layers = nnx.vmap(make_layer)(rngs.split(depth), jnp.arange(depth))
-        others = nnx.state(self.layers, nnx.Not(nnx.Param))
-        if others:
-            raise TypeError(f"make_layer: StreamStack keeps parameters only, got {nnx.to_flat_state(others)}")
+        self.policy = policy
+        self.layers = stacked(make_layer, depth, rngs.split(depth), jnp.arange(depth))
+        self.deterministic = False
 
-    def __call__(self, x: Float[Array, "*tokens C"]) -> Float[Array, "*tokens C"]:
-        graphdef, params = nnx.split(self.layers)
-        if hasattr(self.layers, "connected"):
-            return functional.apply_branches(
-                _Branches(graphdef), params, x, self.streams, block_length=self.block_length
+    def __call__(self, x: Float[Array, "*tokens C"], *args: Any, **kwargs: Any) -> Float[Array, "*tokens C"]:
+        """The mean of the streams after the last layer. Further arguments reach every layer, the same for all.
+
+        Raises:
+            TypeError: a layer writes its parameters.
+        """
+        graphdef, params = nnx.graphdef(self.layers), nnx.state(self.layers, nnx.Param)
+        only_params = not nnx.to_flat_state(nnx.state(self.layers, nnx.Not(nnx.Param)))
+        if only_params and not (args or kwargs or self.policy) and hasattr(self.layers, "connected"):
+            branches, block_length = _Branches(graphdef), self.block_length
+            return functional.apply_branches(branches, params, x, self.streams, block_length=block_length)
+        held, drawn = nnx.state(self.layers, nnx.Not(nnx.RngState)), drawn_streams(self.layers, self.deterministic)
+        variables = nnx.merge_state(held, drawn)
+        with noted(f"in the layers of StreamStack ({type(self.layers).__name__})"):
+            wide, carried = functional.scan_layers(
+                Merged(graphdef, args, kwargs, carries=True),
+                variables,
+                functional.expand(x, self.streams),
+                block_length=self.block_length,
+                policy=self.policy,
+                carries=True,
             )
-        wide = functional.scan_layers(
-            Merged(graphdef),
-            params,
-            functional.expand(x, self.streams),
-            block_length=self.block_length,
-        )
+        keep(self.layers, carried)
         return functional.reduce(wide)
 
     def unrolled(self) -> "StreamChain":
@@ -230,10 +254,10 @@ class StreamChain(nnx.Module):
         self.layers = nnx.List(layers)
         self.streams = streams
 
-    def __call__(self, x: Float[Array, "*tokens C"]) -> Float[Array, "*tokens C"]:
+    def __call__(self, x: Float[Array, "*tokens C"], *args: Any, **kwargs: Any) -> Float[Array, "*tokens C"]:
         wide = functional.expand(x, self.streams)
         for layer in self.layers:
-            wide = layer(wide)
+            wide = layer(wide, *args, **kwargs)
         return functional.reduce(wide)
 
 
@@ -247,8 +271,9 @@ def _stream_figures(layers: nnx.Module, grads: nnx.State) -> dict[str, Array]:
         if connection.alpha is not None:
             found["alpha"] = connection.alpha[...]
         found["maps_grad_norm"] = jax.vmap(optax.tree.norm)(learned)
-        # The zeros stand for a branch without parameters.
-        found["grad_norm"] = jax.vmap(optax.tree.norm)((own.get("branch", {}), jnp.zeros_like(found["pre"])))
+        if connection.branch is not None:
+            # The zeros stand for a branch without parameters.
+            found["grad_norm"] = jax.vmap(optax.tree.norm)((own.get("branch", {}), jnp.zeros_like(found["pre"])))
         figures.append(found)
     # All branches of the first layer, then those of the second.
     merged = {name: jnp.stack([found[name] for found in figures], 1) for name in figures[0]}

@@ -1,16 +1,106 @@
-"""One layer of a stack as a value."""
+"""One layer of a stack as a value, and the variables of a stack that its calls change."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
+# All that a layer writes while it runs: statistics, caches, what it sows.
+CARRIED = nnx.Not(nnx.Any(nnx.Param, nnx.RngState))
 
-@dataclass(frozen=True)
+
+class Carries(Exception):
+    """A layer has written variables, and was called as if it could not."""
+
+
+@dataclass(frozen=True, eq=False)
 class Merged:
-    """`layer(variables, x, *more)` of the module that `graphdef` describes: equal to another of the same graph."""
+    """`layer(variables, x, *more)` of the module that `graphdef` describes, with the further arguments of the call.
+
+    Equal to another of the same graph and arguments, but for the arrays among them.
+
+    Args:
+        carries: whether the result is (output, the variables after the call that are no parameters).
+
+    Raises:
+        Carries: there are such variables, and `carries` is not set.
+        TypeError: the layer writes a parameter, or makes one.
+    """
 
     graphdef: Any
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    carries: bool = False
 
     def __call__(self, variables: nnx.State, x: Any, *more: nnx.State) -> Any:
-        return nnx.merge(self.graphdef, variables, *more)(x)
+        before = jax.tree.leaves(nnx.filter_state(nnx.merge_state(variables, *more), nnx.Param))
+        layer = nnx.merge(self.graphdef, variables, *more)
+        y = layer(x, *self.args, **self.kwargs)
+        after = jax.tree.leaves(nnx.state(layer, nnx.Param))
+        if len(before) != len(after) or any(one is not other for one, other in zip(before, after, strict=True)):
+            raise TypeError(f"{type(layer).__name__} writes its parameters while it runs, which a stack cannot keep")
+        carried = nnx.state(layer, CARRIED)
+        if self.carries:
+            return y, carried
+        if jax.tree.leaves(carried):
+            raise Carries
+        return y
+
+    def _key(self) -> Any:
+        leaves, structure = jax.tree.flatten((self.args, self.kwargs))
+        static = tuple(None if isinstance(leaf, jax.Array) else (type(leaf), _hashable(leaf)) for leaf in leaves)
+        return self.graphdef, structure, static, self.carries
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Merged) and self._key() == other._key()
+
+
+def _hashable(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
+
+
+def stacked(make_layer: Callable[..., nnx.Module], depth: int, *args: Any) -> Any:
+    """`depth` layers as one module, whose variables have a leading axis of depth, in their partition metadata too."""
+    return nnx.vmap(make_layer, axis_size=depth, transform_metadata={nnx.PARTITION_NAME: None})(*args)
+
+
+def drawn_streams(layers: nnx.Module, deterministic: bool) -> nnx.State:
+    """The `nnx.State` of the layers' random streams, each at a place where no other call has drawn or will."""
+    drawn = nnx.merge(*nnx.split(layers), copy=True)
+    for mine, theirs in zip(_streams(layers), _streams(drawn), strict=True):
+        theirs.key[...] = jax.vmap(jax.random.fold_in)(mine.key[...], mine.count[...])
+        theirs.count[...] = jnp.zeros_like(mine.count[...])
+        if not deterministic:
+            mine.count[...] += 1
+    return nnx.state(drawn, nnx.RngState)
+
+
+def _streams(module: nnx.Module) -> list[nnx.RngStream]:
+    return [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.RngStream)]
+
+
+def keep(layers: Any, carried: nnx.State) -> None:
+    """Writes the variables that came out of a scan over `layers`, with a leading axis of depth, back into them."""
+    for path, variable in nnx.to_flat_state(carried):
+        node = layers
+        for name in path[:-1]:
+            node = _child(node, name)
+        held = _child(node, path[-1])
+        if isinstance(held, nnx.Variable):
+            held.set_value(variable.get_value())
+        else:  # the first call of the layer made it
+            setattr(node, str(path[-1]), type(variable)(variable.get_value()))
+
+
+def _child(node: Any, name: Any) -> Any:
+    return node[name] if isinstance(name, int) else getattr(node, name, None)

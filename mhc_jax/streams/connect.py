@@ -138,13 +138,14 @@ def write(
 
     Raises:
         ValueError: if the output has not the shape of one stream.
-        TypeError: if the output has not the dtype of the streams.
+        TypeError: if the streams cannot hold the dtype of the output, as bfloat16 cannot float32.
     """
     expected = (*streams.shape[:-2], streams.shape[-1])
     if jnp.shape(output) != expected:
         raise ValueError(f"the branch must keep the shape of its input {expected}, its output has {jnp.shape(output)}")
-    if output.dtype != streams.dtype:
-        raise TypeError(f"the branch must keep the dtype of the streams {streams.dtype}, its output has {output.dtype}")
+    if jnp.promote_types(output.dtype, streams.dtype) != streams.dtype:
+        raise TypeError(f"the output of the branch must fit into the streams, {streams.dtype}, and has {output.dtype}")
+    output = output.astype(streams.dtype)
     check_implementation(implementation)
     return _write(streams, output, post, res, implementation)
 

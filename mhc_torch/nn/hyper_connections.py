@@ -1,7 +1,7 @@
 """HyperConnections: n residual streams around a branch, as `mhc_torch.streams` defines them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,7 +39,8 @@ class HyperConnections(nn.Module):
     computes what the plain residual network x + branch(x) does.
 
     Args:
-        branch: the wrapped module; further arguments of the call reach it.
+        branch: the wrapped module; further arguments of the call reach it. None for a layer that keeps its branch under
+            another name, and gives it to `around`.
         width: features C of one stream.
         config: all options in one value; keywords, the fields of `StreamConfig`, change single ones.
         layer_index: which wrapped branch of the network this is, counted from 0: sets the stream it reads most.
@@ -55,7 +56,7 @@ class HyperConnections(nn.Module):
 
     def __init__(
         self,
-        branch: nn.Module,
+        branch: nn.Module | None,
         width: int,
         *,
         config: StreamConfig | None = None,
@@ -81,8 +82,16 @@ class HyperConnections(nn.Module):
             self.bias.copy_(initial_bias(self.config, self.layer_index))
 
     def forward(self, streams: Float[Tensor, "*tokens n C"], *args: Any, **kwargs: Any) -> Float[Tensor, "*tokens n C"]:
+        if self.branch is None:
+            raise ValueError("branch is None: call around(branch, streams) instead")
+        return self.around(self.branch, streams, *args, **kwargs)
+
+    def around(
+        self, branch: Callable[..., Tensor], streams: Float[Tensor, "*tokens n C"], *args: Any, **kwargs: Any
+    ) -> Float[Tensor, "*tokens n C"]:
+        """The call, with a branch that is held elsewhere."""
         pre, post, res = maps(self.phi, self.alpha, self.bias, streams, self.config)
-        return write(streams, self.branch(collapse(pre, streams), *args, **kwargs), post, res)
+        return write(streams, branch(collapse(pre, streams), *args, **kwargs), post, res)
 
     def resting_maps(self) -> Maps:
         """The maps of the bias alone, around which those of the tokens lie: (n,), (n,) and (n, n)."""
@@ -102,8 +111,9 @@ class HyperConnections(nn.Module):
         return {"": {"identity_distance": distance}} | entropies
 
     def gradient_groups(self) -> dict[str, Iterable[nn.Parameter]]:
-        """The parameters of the maps, and those of the branch."""
-        return {"maps_grad_norm": self.parameters(recurse=False), "grad_norm": self.branch.parameters()}
+        """The parameters of the maps, and those of the branch, if it is held here."""
+        branch = {} if self.branch is None else {"grad_norm": self.branch.parameters()}
+        return {"maps_grad_norm": self.parameters(recurse=False), **branch}
 
     def mixed_states(self, streams: Tensor, *_: Any, **__: Any) -> list[Tensor]:
         """The states that a call mixes."""
