@@ -6,6 +6,7 @@ import importlib.util
 import re
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ examples:
           --jax-weights jax.safetensors --torch-weights torch.pt
 
 formats: .safetensors, .safetensors.index.json (shards, read only), .pt .pth .bin .ckpt, Orbax directory (no suffix)
-exit status: 0 all is well, 1 the models differ, 2 something is wrong with the arguments or the files,
+exit status: 0 all is well, 1 the models differ, 2 something is wrong with the arguments, the files or a model,
 3 no difference was found, but equality is not proved
 """
 _MODEL = "module:function or file.py:function, which takes no arguments and returns the model"
@@ -45,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.command(options)
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"error: {_line(error)}", file=sys.stderr)
+        return 2
+    except Exception:  # of the models' own code, most likely: it helps to see where
+        traceback.print_exc()
         return 2
 
 

@@ -13,14 +13,16 @@ divided by that amount; it is measured, in float64 (Monte Carlo arithmetic, D. S
 tiny, the smallest normal number, XLA on CPU puts zero for every term where PyTorch keeps subnormal numbers.
 
 The float64 runs are judged likewise with the eps of float64. A program may hold constants that are rounded to float32,
-as `x.astype(float32) * 0.1` does; what one more rounding of them moves is measured too, and allowed four times.
+as `x.astype(float32) * 0.1` does; what one more rounding of them moves is measured too, and allowed four times. One
+draw of such roundings may leave a single number nearly where it was: so gradients count what moves the most among them,
+and a loss moves at least as much, relatively, as the outputs that it is taken of.
 
 Sensitivity has a ceiling: where it allows the float64 runs to differ by more than 1e-6 of the value, as at a jump,
 nothing is proved. So sensitivity never hides more than a millionth, whatever the model.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -63,6 +65,11 @@ class Values:
     torch64: np.ndarray
     noisy: Sequence[np.ndarray]
     rounded: float = 0.0
+
+    @property
+    def size(self) -> float:
+        """The largest magnitude in the float64 runs."""
+        return max(largest(self.jax64), largest(self.torch64))
 
 
 @dataclass
@@ -124,7 +131,7 @@ def judge(
     dtype = values.jax.dtype if epsilon(values.jax.dtype) >= epsilon(values.torch.dtype) else values.torch.dtype
     eps = max(eps, epsilon(dtype))
     figures = compare(values.jax.astype(dtype), values.torch.astype(dtype))
-    size = max(scale, largest(values.jax64), largest(values.torch64))
+    size = max(scale, values.size)
     moved = [largest(difference(noisy, values.torch64)) for noisy in values.noisy]
     sensitivity = max(distance / amplitude for distance, amplitude in zip(moved, AMPLITUDES, strict=True))
     bound = _CONFIDENCE * np.sqrt(n) * (size + sensitivity)
@@ -166,6 +173,12 @@ def judge(
         ok=not problems,
         proved=proved,
     )
+
+
+def share(values: Sequence[Values]) -> list[Values]:
+    """The same values, each with the largest movement by a rounding of constants of them all."""
+    most = max((value.rounded for value in values), default=0.0)
+    return [replace(value, rounded=most) for value in values]
 
 
 def item(of: Callable[[T], Any], key: Any) -> Callable[[T], np.ndarray]:

@@ -14,7 +14,7 @@ from flax import nnx
 from bridge.proof.batch_norm import BatchNorms
 from bridge.proof.exact_jax import Lift
 from bridge.proof.exact_torch import Exact
-from bridge.proof.judge import AS_IT_IS, Layout, Runs, Values, epsilon, item, judge, largest, layout, reduction
+from bridge.proof.judge import AS_IT_IS, Layout, Runs, Values, epsilon, item, judge, largest, layout, reduction, share
 from bridge.proof.metrics import difference
 from bridge.proof.objective import torch_names
 from bridge.proof.record import (
@@ -261,19 +261,6 @@ class Layers:
             value = runs.values(item(attrgetter("outputs"), i), how=how)
             yield judge("layer alone: value", pair.torch, pair.jax, value, n, 0.0, eps, reference_eps)
 
-        scale = max([0.0, *(largest(g) for g in (*t64.inputs, *t64.parameters.values()))])
-        for i, how in enumerate(into):
-            value = runs.values(item(attrgetter("inputs"), i), how=how)
-            yield judge("layer alone: gradient of input", pair.torch, pair.jax, value, total, scale, eps, reference_eps)
-
-        scale = max(
-            scale,
-            terms(
-                module,
-                [how[0](double(x)) for how, x in zip(into, given, strict=True)],
-                [how[0](double(c)) for how, c in zip(out, cotangents, strict=True)],
-            ),
-        )
         links = list(_links_below(self.links, pair))
         shapes = {name: tuple(leaf.shape) for name, leaf in module.state_dict().items()}
 
@@ -283,14 +270,29 @@ class Layers:
         def state(run: Pull) -> dict[str, np.ndarray]:
             return self.batch_norms.in_torch(torch_names(links, run.state, shapes), pair.torch, int(module.training))
 
-        for check, ours, theirs, size in (
-            ("layer alone: gradient of", parameters, attrgetter("parameters"), scale),
-            ("layer alone: state", state, attrgetter("state"), 0.0),
-        ):
-            for name in ours(runs.jax):
-                if name in theirs(t):
-                    value = runs.values(item(ours, name), item(theirs, name), AS_IT_IS)
-                    yield judge(check, join(pair.torch, name), pair.jax, value, total, size, eps, reference_eps)
+        scale = max([0.0, *(largest(g) for g in (*t64.inputs, *t64.parameters.values()))])
+        cancelling = terms(
+            module,
+            [how[0](double(x)) for how, x in zip(into, given, strict=True)],
+            [how[0](double(c)) for how, c in zip(out, cotangents, strict=True)],
+        )
+        names = [name for name in parameters(runs.jax) if name in t.parameters]
+        by_inputs = [runs.values(item(attrgetter("inputs"), i), how=how) for i, how in enumerate(into)]
+        by_names = [
+            runs.values(item(parameters, name), item(attrgetter("parameters"), name), AS_IT_IS) for name in names
+        ]
+        gradients = share([*by_inputs, *by_names])
+        for value in gradients[: len(into)]:
+            yield judge("layer alone: gradient of input", pair.torch, pair.jax, value, total, scale, eps, reference_eps)
+        for name, value in zip(names, gradients[len(into) :], strict=True):
+            path, size = join(pair.torch, name), max(scale, cancelling)
+            yield judge("layer alone: gradient of", path, pair.jax, value, total, size, eps, reference_eps)
+
+        for name in state(runs.jax):
+            if name in t.state:
+                value = runs.values(item(state, name), item(attrgetter("state"), name), AS_IT_IS)
+                path = join(pair.torch, name)
+                yield judge("layer alone: state", path, pair.jax, value, total, 0.0, eps, reference_eps)
 
     def _place(self, path: str) -> str:
         """Where inside a container, whose layers all agree alone, its free run first goes wrong."""

@@ -19,7 +19,7 @@ from flax import nnx
 
 from bridge.proof.exact_jax import Lift
 from bridge.proof.inputs import call_of, describe
-from bridge.proof.judge import AS_IT_IS, CEILING, Runs, item, judge, largest, layout, reduction
+from bridge.proof.judge import AS_IT_IS, CEILING, Runs, Values, item, judge, largest, layout, reduction, share
 from bridge.proof.layers import Layers, exact_runs
 from bridge.proof.metrics import compare, difference, kl_divergence, top_k_agreement
 from bridge.proof.objective import Task, Training, amplification, default_optimizer, torch_names, train_jax, train_torch
@@ -234,29 +234,37 @@ class _Verification:
         n = reduction(self.torch_model, given)
         total = max([n, *(x.size for x in given)])
 
-        def row(check: str, path: str, of: Callable[[Training], np.ndarray], n: int, scale: float = 0.0) -> Row:
-            values = runs.values(of, how=AS_IT_IS if path in self.match.torch else None)
+        def values(path: str, of: Callable[[Training], np.ndarray]) -> Values:
+            return runs.values(of, how=AS_IT_IS if path in self.match.torch else None)
+
+        def row(check: str, path: str, values: Values, n: int, scale: float = 0.0) -> Row:
             self.rows.append(judge(check, path, self.jax_name(path), values, n, scale, self.eps, self.reference_eps))
             return self.rows[-1]
 
+        moved = 0.0
         for i, (_, t) in enumerate(outputs):
-            row("value", f"output {i}", item(attrgetter("outputs"), i), n)
+            found = values(f"output {i}", item(attrgetter("outputs"), i))
+            row("value", f"output {i}", found, n)
+            moved = max(moved, found.rounded / found.size if found.size else 0.0)
             if t.ndim > 1:
                 j, t, how = runs.jax.outputs[i], runs.torch.outputs[i], layouts[i]
                 self.logits[f"output {i} as logits: KL divergence in nats"] = kl_divergence(how[0](j), t)
                 for k in (1, 5):
                     self.logits[f"output {i} as logits: top-{k} agreement"] = top_k_agreement(how[0](j), t, k)
         for step in range(steps + 1):
-            row("loss", f"after {step} steps", item(attrgetter("losses"), step), total)
+            found = values("", item(attrgetter("losses"), step))
+            found = replace(found, rounded=max(found.rounded, moved * found.size))
+            row("loss", f"after {step} steps", found, total)
         scale = max([0.0, *(largest(g) for g in (*truth.gradients.values(), *truth.inputs))])
-        for i in range(len(truth.inputs)):
-            row("gradient", f"input {i}", item(attrgetter("inputs"), i), total, scale)
+        by_inputs = {f"input {i}": item(attrgetter("inputs"), i) for i in range(len(truth.inputs))}
+        by_names = {name: item(attrgetter("gradients"), name) for name in truth.gradients}
+        gradients = share([values(path, of) for path, of in (by_inputs | by_names).items()])
         rounding = {
-            name: row("gradient", name, item(attrgetter("gradients"), name), total, scale).tolerance
-            for name in truth.gradients
+            path: row("gradient", path, value, total, scale).tolerance
+            for path, value in zip(by_inputs | by_names, gradients, strict=True)
         }
         for name in (name for name in runs.jax.state if name not in truth.gradients):
-            row("state", name, item(attrgetter("state"), name), total)
+            row("state", name, values(name, item(attrgetter("state"), name)), total)
         factor = amplification(optimizer[1])
         starts = {name: to_numpy(self.match.torch[name]).astype(np.float64) for name in runs.jax.final}
         longest = max((largest(truth.final[name] - start) for name, start in starts.items()), default=0.0)
@@ -270,7 +278,7 @@ class _Verification:
                 return np.where(still, start, found).astype(found.dtype)
 
             scale = largest(start) + factor * largest(truth.final[name] - start)
-            row(f"after {steps} steps", name, final, total, scale)
+            row(f"after {steps} steps", name, values(name, final), total, scale)
         worst = next((row for row in self.rows if not row.ok), None)
         if worst and not self.faults:
             self.faults[""] = f"every layer agrees alone, yet the {worst.check} of {worst.path} differs: {worst.why}"

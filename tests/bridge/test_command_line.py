@@ -18,6 +18,8 @@ MODELS = """
 import torch
 from flax import nnx
 
+import bridge
+
 def jax_model():
     rngs = nnx.Rngs(0)
     return nnx.Sequential(nnx.Linear(8, 16, rngs=rngs), nnx.relu, nnx.Linear(16, 3, rngs=rngs))
@@ -27,6 +29,19 @@ def torch_model():
 
 def broken():
     raise KeyError("no such thing")
+
+class Fails(torch.nn.Sequential):
+    def forward(self, x):
+        raise RuntimeError("no kernel")
+
+def fails():
+    return Fails(*torch_model())
+
+def jax_drop():
+    return nnx.Sequential(nnx.Linear(8, 3, rngs=nnx.Rngs(0)), nnx.Dropout(0.1, rngs=nnx.Rngs(0)))
+
+def torch_drop():
+    return bridge.convert(jax_drop(), torch.nn.Sequential(torch.nn.Linear(8, 3), torch.nn.Dropout(0.5)))
 """
 PAIR = ("--jax", "models.py:jax_model", "--torch", "models.py:torch_model")
 
@@ -102,6 +117,19 @@ def test_an_error_is_one_clear_line(run, arguments, message):
     assert (status, output, errors.count("\n")) == (2, "", 1)
     assert re.search(f"^error: .*{message}", errors), errors
     assert sorted(path.name for path in Path().iterdir() if path.name != "__pycache__") == before
+
+
+def test_a_model_that_fails_is_no_difference(run):
+    status, _, errors = run("verify", "models.py:jax_model", "models.py:fails", "--inputs", "4x8")
+    assert status == 2
+    assert "RuntimeError: no kernel" in errors
+    assert "torch_model was called with [0] float32[4, 8]" in errors
+
+
+def test_what_is_not_proved_has_a_status_of_its_own(run):
+    status, output, _ = run("verify", "models.py:jax_drop", "models.py:torch_drop", "--inputs", "4x8", "--no-training")
+    assert status == 3
+    assert output.splitlines()[-1] == "NOT PROVED"
 
 
 def test_the_help_has_examples(run, capsys):

@@ -317,3 +317,9 @@ def test_a_skip_that_nearly_chooses_one_of_two_large_states() -> None:
     jax_model = bridge.convert(torch_model, mhc_jax.nn.MHCSkip(2, rngs=nnx.Rngs(0)))
     report = bridge.verify(jax_model, torch_model, (X, [1e4 * X[::-1], 1e4 * X.T]), training=False)
     assert report.ok, str(report)
+
+
+def test_a_loss_is_moved_by_rounded_constants_as_its_outputs_are() -> None:
+    # Here the one draw of roundings that is measured leaves the loss, a single number, nearly where it was.
+    report = bridge.verify(**casting.part("layers.0.attention", 12, casting.Options(half_norm=True)))
+    assert report.ok, str(report)
