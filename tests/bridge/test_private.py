@@ -1,6 +1,5 @@
 """Private names of torch, JAX and Flax stand in one place, exist today, and are missed by the proof alone."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bridge import _private
+from tests.private_names import private_names
 
 ROOT = Path(__file__).parents[2]
 LIBRARIES = ("torch", "nn", "jax", "jex", "jnp", "flax", "nnx", "optax")
@@ -16,25 +16,9 @@ LIBRARIES = ("torch", "nn", "jax", "jex", "jnp", "flax", "nnx", "optax")
 OF_OBJECTS = re.compile("_(schema|modules|parameters|buffers|forward_hooks|c|pytree__.*)")
 
 
-def private_names(file):
-    """Dotted private names of the libraries in a file, and private modules and names that it imports from them."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Attribute):
-            parts = ast.unparse(node).split(".")
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            parts = [*node.module.split("."), *(alias.name for alias in node.names)]
-        elif isinstance(node, ast.Constant):
-            parts = [str(node.value)]
-        else:
-            continue
-        theirs = parts[0] in LIBRARIES and any(re.fullmatch("_[A-Za-z]\\w*", part) for part in parts)
-        if theirs or OF_OBJECTS.fullmatch(parts[-1]):
-            yield f"{file.relative_to(ROOT)}:{node.lineno}: {'.'.join(parts)}"
-
-
 def test_no_other_file_names_one():
     files = [file for file in (ROOT / "bridge").rglob("*.py") if file.name != "_private.py"]
-    assert [name for file in files for name in private_names(file)] == []
+    assert [name for file in files for name in private_names(file, LIBRARIES, OF_OBJECTS)] == []
 
 
 # Hidden from bridge alone: torch itself goes on.

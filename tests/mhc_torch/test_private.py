@@ -1,7 +1,5 @@
 """Private names of other libraries stand in one place, exist today, and are missed by speed alone."""
 
-import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,29 +7,16 @@ from pathlib import Path
 import pytest
 
 from mhc_torch import _private
+from tests.private_names import private_names
 
 ROOT = Path(__file__).parents[2]
+LIBRARIES = ("torch", "nn", "F", "forward_ad")
 TORCH = [name for name in _private.NAMES if name.startswith("torch.")]
-
-
-def private_names(file):
-    """Dotted private names below torch in a file, and private modules and names that it imports from torch."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Attribute):
-            parts = ast.unparse(node).split(".")
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            parts = [*node.module.split("."), *(alias.name for alias in node.names)]
-        else:
-            continue
-        if parts[0] in ("torch", "nn", "F", "forward_ad") and any(
-            re.fullmatch("_[A-Za-z]\\w*", part) for part in parts
-        ):
-            yield f"{file.relative_to(ROOT)}:{node.lineno}: {'.'.join(parts)}"
 
 
 def test_no_other_file_names_one():
     files = [file for file in (ROOT / "mhc_torch").rglob("*.py") if file.name != "_private.py"]
-    assert [name for file in files for name in private_names(file)] == []
+    assert [name for file in files for name in private_names(file, LIBRARIES)] == []
 
 
 # torch is imported once, and each name is missing in a child of that process.
