@@ -185,7 +185,7 @@ class StreamStack(nnx.Module):
 
     def __call__(self, x: Float[Array, "*tokens C"]) -> Float[Array, "*tokens C"]:
         graphdef, params = nnx.split(self.layers)
-        if hasattr(self.layers, "connected"):
+        if _is_chain(type(self.layers)):
             return functional.apply_branches(
                 _Branches(graphdef), params, x, self.streams, block_length=self.block_length
             )
@@ -211,6 +211,14 @@ class StreamStack(nnx.Module):
         depth = len(figures["pre"]) // len(branches)
         names = [f"layers.{layer}.{branch}".rstrip(".") for layer in range(depth) for branch in branches]
         return _show_streams(figures, names)
+
+
+def _is_chain(layer: type) -> bool:
+    """Whether `connected` tells all that a call does: a subclass with a call of its own has to tell that anew."""
+    telling, calling = (
+        next((kind for kind in layer.__mro__ if name in vars(kind)), None) for name in ("connected", "__call__")
+    )
+    return telling is not None and telling is calling
 
 
 @dataclass(frozen=True)

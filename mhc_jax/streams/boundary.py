@@ -57,7 +57,8 @@ def boundary(
         params: of the maps of the branch that comes next.
         streams, output, post, res: as of `write`: what the branch before read, its output and its maps.
         config: of the maps.
-        implementation: "pallas" for the kernels of `mhc_jax.kernels.stream_boundary`, "xla" or None for what XLA fuses.
+        implementation: "pallas" for the kernels of `mhc_jax.kernels.stream_boundary` on a TPU, for streams whose
+            squares sum up to what float32 holds (below about 1e19); "xla" or None for what XLA fuses, at any size.
 
     Returns:
         The streams X', the input x' of the next branch, and its H_post and H_res.

@@ -96,3 +96,16 @@ def test_every_constraint_makes_a_stack(constraint):
 
     x = jnp.ones((2, 3))
     assert jax.eval_shape(output, x).shape == jax.grad(lambda x: output(x).sum())(x).shape == (2, 3)
+
+
+def test_a_subclass_with_a_call_of_its_own_is_called():
+    class Doubled(HyperConnections):
+        def __call__(self, streams):
+            return 2 * super().__call__(streams)
+
+    stack = StreamStack(lambda rngs, i: Doubled(nnx.Linear(3, 3, rngs=rngs), 3), depth=2, rngs=nnx.Rngs(0))
+    x = jnp.ones((2, 3))
+    np.testing.assert_allclose(stack(x), stack.unrolled()(x), rtol=1e-5)
+    # Without what the branches give, the streams are doubled twice.
+    stack.layers.branch.kernel.set_value(jnp.zeros_like(stack.layers.branch.kernel))
+    np.testing.assert_allclose(stack(x), 4.0, rtol=1e-2)
