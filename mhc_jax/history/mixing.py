@@ -6,7 +6,7 @@ The window of layer l is the last ``K = min(l + 1, H)`` states, ``x_0`` included
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from mhc_jax.history.config import DEFAULTS, MHCConfig
 from mhc_jax.history.window import State
+from mhc_jax.kernels.choice import Implementation, check_implementation
 from mhc_jax.kernels.history_mix import mix as kernel_mix
 from mhc_jax.projections import computed_in
 
@@ -73,7 +74,7 @@ def mix(
     states: State | Sequence[State],
     weights: Float[Array, "K"],
     *,
-    implementation: Literal["xla", "pallas"] | None = None,
+    implementation: Implementation = None,
 ) -> State:
     """One mixing step ``x + sum_k weights[k] * states[k]``.
 
@@ -99,8 +100,7 @@ def mix(
     given = jax.tree.map(jnp.shape, states)
     if given != expected:
         raise ValueError(f"states must be {weights.size} states like x, with shapes {expected}, got {given}")
-    if implementation not in (None, "xla", "pallas"):
-        raise ValueError(f"implementation must be 'xla', 'pallas' or None, got {implementation!r}")
+    check_implementation(implementation)
     if implementation == "pallas":
         return jax.tree.map(lambda leaf, rows: kernel_mix(leaf, rows, weights), x, states)
     rows = [jax.tree.map(lambda leaf, k=k: leaf[k], states) for k in range(weights.size)]

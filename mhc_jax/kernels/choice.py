@@ -11,6 +11,12 @@ Implementation = Literal["xla", "pallas"] | None
 Options = tuple[tuple[str, Any], ...]
 
 
+def check_implementation(implementation: Implementation) -> None:
+    """Raises a ValueError for what is no implementation."""
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(f"implementation must be 'xla', 'pallas' or None, got {implementation!r}")
+
+
 def implemented(implementation: Implementation, kernel: Callable[..., Any], xla: Callable[..., Any]) -> Any:
     """The form that is asked for, of two functions `(*arrays, **options)` that compute the same.
 

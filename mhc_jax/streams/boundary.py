@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mhc_jax.kernels import stream_boundary as kernels
-from mhc_jax.kernels.choice import Implementation, implemented
+from mhc_jax.kernels.choice import Implementation, check_implementation, implemented
 from mhc_jax.streams import norm
 from mhc_jax.streams.config import StreamConfig
 from mhc_jax.streams.connect import reduce, write
@@ -30,7 +30,6 @@ from mhc_jax.streams.depth import scan_any
 from mhc_jax.streams.maps import (
     Maps,
     StreamParams,
-    check_implementation,
     check_params,
     maps,
     maps_from_normalized,

@@ -10,13 +10,12 @@ from jaxtyping import Array, Float
 
 from mhc_jax.kernels import stream_read as read_kernels
 from mhc_jax.kernels import stream_write as write_kernels
-from mhc_jax.kernels.choice import Implementation, implemented
+from mhc_jax.kernels.choice import Implementation, check_implementation, implemented
 from mhc_jax.streams.config import StreamConfig
 from mhc_jax.streams.maps import (
     HeadParams,
     Maps,
     StreamParams,
-    check_implementation,
     check_params,
     check_streams,
     flattened,

@@ -142,11 +142,6 @@ def init_head_params(config: StreamConfig, width: int, dtype: Any = jnp.float32)
     return HeadParams(jnp.zeros((n * width, n), dtype), jnp.full(1, 0.01, dtype), bias)
 
 
-def check_implementation(implementation: Implementation) -> None:
-    if implementation not in (None, "xla", "pallas"):
-        raise ValueError(f"implementation must be 'xla', 'pallas' or None, got {implementation!r}")
-
-
 def check_params(params: StreamParams, streams: Array, config: StreamConfig) -> None:
     check_streams(params.phi, streams, config, config.logits)
     if params.bias.shape != (config.logits,):
