@@ -21,15 +21,19 @@ import sys, threading
 import jax.numpy as jnp
 from mhc_jax.training.checkpoint import save
 
+def say(*words):
+    sys.stdout.write(" ".join(map(str, words)) + "\\n")  # at once, for print lets another thread in between
+    sys.stdout.flush()
+
 def attempt(number, size, path):
     try:
         save(path, {str(i): jnp.full(int(size), float(number)) for i in range(10)})
     except FileExistsError:
-        print("exists", number, path, flush=True)
+        say("exists", number, path)
     except BaseException as error:
-        print("failed", number, path, repr(error).replace("\\n", " "), flush=True)
+        say("failed", number, path, repr(error).replace("\\n", " "))
     else:
-        print("saved", number, path, flush=True)
+        say("saved", number, path)
 
 for line in sys.stdin:
     numbers, size, *paths = line.split()
@@ -39,7 +43,7 @@ for line in sys.stdin:
             thread.start()
         for thread in threads:
             thread.join()
-    print("done", flush=True)
+    say("done")
 """
 
 

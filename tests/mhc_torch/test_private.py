@@ -1,5 +1,6 @@
 """Private names of other libraries stand in one place, exist today, and are missed by speed alone."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
