@@ -16,6 +16,8 @@ with contextlib.suppress(RuntimeError):  # without a compiler the nodes in Pytho
 
 ERRORS = {torch.float64: 1e-9, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 STEP = 1e-6
+# sparsemax bends. So near to a bend, a float32 may lie on the other side of it.
+BEND = 1e-4
 
 
 class Branch(nn.Module):
@@ -157,12 +159,19 @@ def _derivatives(
     weights = cotangent.double().numpy()
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
         direction = rng.normal(size=leaf.shape)
-        ahead, behind = (function({**values, name: values[name] + s * direction}) for s in (STEP, -STEP))
-        change = weights * (ahead - behind) / (2 * STEP)
+
+        def moved(step: float, name: str = name, direction: np.ndarray = direction) -> np.ndarray:
+            return function({**values, name: values[name] + step * direction})
+
+        change = weights * (moved(STEP) - moved(-STEP)) / (2 * STEP)
         along = gradient.double().numpy() * direction
-        size = np.abs(change).sum() + np.abs(along).sum() + np.abs(weights).sum()
-        difference = abs(along.sum() - change.sum())
-        assert difference <= (4 * error + 1e-5) * size, (
-            f"gradient of {name} in {what}, {leaf.dtype}: {along.sum():.6g} along a direction, the reference has "
-            f"{change.sum():.6g}"
-        )
+        # 1 - tanh^2 is as exact as the 1, and is multiplied with the states.
+        states = max(1.0, np.abs(values["x"]).max(initial=0)) if name.endswith(".weight") else 1.0
+        allowed = (4 * error + 1e-5) * (np.abs(change).sum() + np.abs(along).sum() + states * np.abs(weights).sum())
+        if abs(along.sum() - change.sum()) > allowed:
+            slopes = [np.sum(weights * (moved(step) - moved(0))) / step for step in (BEND, -BEND)]
+            bend = abs(slopes[0] - slopes[1]) if "mixing_logits" in name else 0.0
+            assert abs(along.sum() - np.mean(slopes)) <= allowed + bend / 2, (
+                f"gradient of {name} in {what}, {leaf.dtype}: {along.sum():.6g} along a direction, the reference has "
+                f"{change.sum():.6g}"
+            )

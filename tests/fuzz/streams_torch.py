@@ -117,7 +117,8 @@ def _gradient(
 ) -> dict[str, torch.Tensor]:
     if kind == "grad":
         return torch.func.grad(loss)(leaves)
-    if kind == "vmap of grad" and leaves["x"].ndim > 2:
+    # Over no rows, vmap itself fails in the derivatives of some operators of torch.
+    if kind == "vmap of grad" and leaves["x"].ndim > 2 and len(leaves["x"]):
 
         def of_row(row: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
             return torch.func.grad(lambda leaves: (call(leaves).double() * weight).sum())({**leaves, "x": row})
