@@ -67,5 +67,8 @@ def _plain(value):
         return value if (get := _plain(value.fget)) is value.fget else property(get, value.fset, value.fdel)
     if isinstance(value, (staticmethod, classmethod)):
         return value if (plain := _plain(value.__func__)) is value.__func__ else type(value)(plain)
-    checks = isinstance(value, FunctionType) and value.__globals__["__name__"] == jaxtyping.jaxtyped.__module__
-    return value.__wrapped__ if checks else value
+    if not (isinstance(value, FunctionType) and value.__globals__["__name__"] == jaxtyping.jaxtyped.__module__):
+        return value
+    marks = {name: mark for name, mark in vars(value).items() if name != "__wrapped__"}  # such as those for dynamo
+    vars(value.__wrapped__).update(marks)
+    return value.__wrapped__

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 from weakref import WeakSet
 
 import torch
@@ -47,12 +47,12 @@ class Experiment:
         self._monitor: SystemMonitor | None = None
         self._trainers: WeakSet[Any] = WeakSet()
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
+    def log_metrics(self, metrics: Mapping[str, Any], step: SupportsIndex) -> None:
         """Log numbers, under their names as they are.
 
         Args:
             metrics: numbers, or scalar arrays of PyTorch, JAX or NumPy, which are read at once.
-            step: what to plot them over, such as the number of optimizer steps taken before.
+            step: what to plot them over, such as the number of optimizer steps taken before; an integer of any of them.
 
         Raises:
             TypeError: a value is not a number, or the step not an integer.

@@ -163,6 +163,7 @@ def in_forked_child(call: JaxFunction, queue: multiprocessing.Queue) -> None:
         queue.put(str(error))
 
 
+@pytest.mark.filterwarnings(r"ignore:.*fork\(\)")  # jax, and Python of 3.12, advise against it, too
 def test_a_forked_process_gets_an_error_and_no_deadlock() -> None:
     call = JaxFunction(jnp.square)
     call(torch.ones(2))

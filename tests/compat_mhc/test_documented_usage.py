@@ -23,6 +23,7 @@ from tests.mhc_torch import readers
 BRIEF = {
     "accelerator": "cpu",
     "max_epochs": 1,
+    "log_every_n_steps": 1,
     "enable_progress_bar": False,
     "enable_model_summary": False,
     "enable_checkpointing": False,
@@ -107,7 +108,7 @@ def train_on_two_ranks(rank, port, folder):
     os.environ |= {"WORLD_SIZE": "2", "PL_GLOBAL_SEED": "0"}
     torch.set_num_threads(1)
     L.seed_everything(0)
-    settings = BRIEF | {"logger": TensorBoardLogger(folder, "", ""), "log_every_n_steps": 1}
+    settings = BRIEF | {"logger": TensorBoardLogger(folder, "", "")}
     callback = MHCLightningCallback(log_interval=1, log_gradients=True)
     trainer = L.Trainer(strategy="ddp", devices=2, callbacks=[callback], **settings)
     module = HoneyBadgerModule(channels=8, depth=5)

@@ -73,7 +73,7 @@ def gather(specs: Mapping[str, Spec], pieces: Iterable[Piece]) -> dict[str, np.n
     return arrays
 
 
-def parse_json(text: bytes) -> Any:
+def parse_json(text: bytes | str) -> Any:
     """As json.loads, but a name that appears twice is a ValueError, and the second value does not win."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_conv_blocks_and_nested_injected_models_are_cleared():
     module.model = model
     for stage in ("train", "validation", "test", "predict"):
         buffers[0].append(torch.ones(1))
-        getattr(MHCLightningCallback(), f"on_{stage}_batch_start")(None, module, None, 0)
+        getattr(MHCLightningCallback(), f"on_{stage}_batch_start")(trainer(), module, None, 0)
         assert [len(buffer) for buffer in buffers] == [0] * len(buffers)
 
 
@@ -225,6 +225,7 @@ def test_it_works_under_pytorch_lightning_too(tmp_path):
     pytorch_lightning.Trainer(
         accelerator="cpu",
         max_epochs=1,
+        log_every_n_steps=1,
         logger=logger,
         callbacks=[MHCLightningCallback(log_interval=2)],
         enable_progress_bar=False,

@@ -516,6 +516,7 @@ def test_without_lightning_the_extra_is_named_too():
     assert "pip install 'mhc-jax[lightning]'" in done.stderr
 
 
+@pytest.mark.usefixtures("unchecked")  # 200000 calls, and the backend would be left behind after 60 s
 def test_what_a_hung_backend_does_not_take_waits_on_disk_and_arrives_in_order(tmp_path):
     taken, free = [], threading.Event()
 
