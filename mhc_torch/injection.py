@@ -38,7 +38,7 @@ class InjectedSkip(MHCSkip):
 def inject_mhc(
     module: nn.Module | None = None,
     target_types: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
-    target_class_name: str | None = None,
+    target_class_name: str | int | None = None,
     max_history: int | None = None,
     clear_on_forward: bool | None = None,
     history_scope: str | None = None,
@@ -63,7 +63,8 @@ def inject_mhc(
     Args:
         module: the model; also accepted as `model=`.
         target_types: class or classes of the targets; subclasses count.
-        target_class_name: exact name of the class of further targets, such as "BertLayer".
+        target_class_name: exact name of the class of further targets, such as "BertLayer". A number in this place is
+            max_history, as in the `mhc` package; what follows it there is given by name.
         max_history: window of every skip.
         clear_on_forward: begin every forward of `module` with an empty history, and leave none behind. If False, it
             goes on with that of the last forward which did not fail; call `clear_history()` on the model yourself.
@@ -77,12 +78,23 @@ def inject_mhc(
         The same model, with a method `clear_history()`.
 
     Raises:
-        TypeError: no module was given, target_types holds something else than classes, or a setting is unknown.
+        TypeError: no module was given, target_types holds something else than classes, target_class_name is no string,
+            max_history is given twice, or a setting is unknown or of the wrong type.
         ValueError: there is no target in the model, a target is an nn.Sequential, or a setting is outside its range.
     """
     root = module if module is not None else model
     if not isinstance(root, nn.Module) or (module is not None and model is not None):
         raise TypeError(f"module must be one torch.nn.Module, got {type(root).__name__}")
+    if isinstance(target_class_name, int | float) and not isinstance(target_class_name, bool):
+        # The published order is (model, target_types, max_history, clear_on_forward, history_scope).
+        if max_history is not None:
+            raise TypeError(
+                f"max_history is {target_class_name!r} by its place in the mhc package, and {max_history!r} by ours: "
+                "give what follows it by name, as clear_on_forward=True"
+            )
+        target_class_name, max_history = None, target_class_name
+    if not isinstance(target_class_name, str | None):
+        raise TypeError(f"target_class_name must be the name of a class, got {target_class_name!r}")
     types = (target_types,) if isinstance(target_types, type) else tuple(target_types or ())
     if any(not isinstance(target, type) for target in types):
         raise TypeError(f"target_types must be classes, got {target_types!r}; a name goes to target_class_name")
