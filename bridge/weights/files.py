@@ -20,6 +20,7 @@ from bridge.weights.formats import Piece, Reader, Spec, open_file, write
 from bridge.weights.leaves import aliases, jax_leaves, jax_transients, torch_leaves, value
 from bridge.weights.match import Link, Match, match
 from mhc_torch.injection import published_keys
+from mhc_torch.nn import MHCConv2d
 
 Model = TypeVar("Model", bound=nnx.Module | nn.Module)
 
@@ -79,7 +80,7 @@ def load(path: str | os.PathLike[str], model: Any = None) -> Any:
     with open_file(path) as reader:
         if model is None:
             return {name: _own(reader.read(name)) for name in reader.specs}
-        reader = _named_as_ours(reader, model)
+        reader = _understood(reader, model, path)
         leaves = _leaves(model)
         if isinstance(model, nn.Module):  # parameters that take their shape from the file, if it has them
             leaves |= {name: p for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)}
@@ -146,7 +147,7 @@ def convert_file(
         return piece
 
     with open_file(source) as reader:
-        reader = _named_as_ours(reader, torch_model if to == "jax" else jax_model)
+        reader = _understood(reader, torch_model if to == "jax" else jax_model, source)
         names = _sources(reader, ours, _ignored(torch_model if to == "jax" else jax_model), source)
         write(target, specs, map(count, _pieces(reader, names, found, specs, to)))
 
@@ -200,9 +201,18 @@ class _Renamed(Reader):
         return self._reader.read(self._stored[name])
 
 
-def _named_as_ours(reader: Reader, model: nnx.Module | nn.Module) -> Reader:
-    """With the names of `model` for those that the published `mhc` package gives to injected modules."""
-    names = published_keys(model, reader.specs) if isinstance(model, nn.Module) else {}
+def _understood(reader: Reader, model: nnx.Module | nn.Module, path: Any) -> Reader:
+    """With the names of `model` for those that the published `mhc` package gives to injected modules.
+
+    Raises:
+        ValueError: a module of the model refuses the state of the version that was saved.
+    """
+    if not isinstance(model, nn.Module):
+        return reader
+    for name, module in model.named_modules():
+        if isinstance(module, MHCConv2d) and (refusal := module.refusal(reader.versions.get(name))):
+            raise ValueError(f"{path} does not fit the model: {name or 'it'} is {refusal}")
+    names = published_keys(model, reader.specs)
     return _Renamed(reader, names) if names else reader
 
 
