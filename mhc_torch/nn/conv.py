@@ -81,7 +81,7 @@ class MHCConv2d(_HistoryBlock):
     come from `config`, by default `get_default_config()`.
 
     State dicts of the `mhc` package are refused: its first forward is conv(x) alone, and later ones mix what earlier
-    batches left, so that its weights make another function here. `load_state_dict(dict(state))` takes them all the same.
+    batches left, so that its weights make another function. `load_state_dict(dict(state))` takes them all the same.
 
     Raises:
         TypeError, ValueError: as MHCConfig.
