@@ -1,6 +1,6 @@
 """Injection: give the layers of an existing model hyper-connections."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,7 @@ class InjectedSkip(MHCSkip):
 def inject_mhc(
     module: nn.Module | None = None,
     target_types: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
-    target_class_name: str | None = None,
+    target_class_name: str | int | None = None,
     max_history: int | None = None,
     clear_on_forward: bool | None = None,
     history_scope: str | None = None,
@@ -63,7 +63,8 @@ def inject_mhc(
     Args:
         module: the model; also accepted as `model=`.
         target_types: class or classes of the targets; subclasses count.
-        target_class_name: exact name of the class of further targets, such as "BertLayer".
+        target_class_name: exact name of the class of further targets, such as "BertLayer". A number in this place is
+            max_history, as in the `mhc` package; what follows it there is given by name.
         max_history: window of every skip.
         clear_on_forward: begin every forward of `module` with an empty history, and leave none behind. If False, it
             goes on with that of the last forward which did not fail; call `clear_history()` on the model yourself.
@@ -73,16 +74,30 @@ def inject_mhc(
         config: all options in one value, by default `get_default_config()`; the arguments change single ones.
         **mhc_kwargs: further fields of MHCConfig, as mode, constraint, or detach_history.
 
+    The `mhc` package wraps a target in a module of its own, whose state dicts load as they are; `target.base_module`,
+    `target.skip` and `target.history_buffer` are here too, unless the target has an attribute of that name.
+
     Returns:
-        The same model, with a method `clear_history()`.
+        The same model, with a method `clear_history()`, also called `clear_mhc_history()`.
 
     Raises:
-        TypeError: no module was given, target_types holds something else than classes, or a setting is unknown.
+        TypeError: no module was given, target_types holds something else than classes, target_class_name is no string,
+            max_history is given twice, or a setting is unknown or of the wrong type.
         ValueError: there is no target in the model, a target is an nn.Sequential, or a setting is outside its range.
     """
     root = module if module is not None else model
     if not isinstance(root, nn.Module) or (module is not None and model is not None):
         raise TypeError(f"module must be one torch.nn.Module, got {type(root).__name__}")
+    if isinstance(target_class_name, int | float) and not isinstance(target_class_name, bool):
+        # The published order is (model, target_types, max_history, clear_on_forward, history_scope).
+        if max_history is not None:
+            raise TypeError(
+                f"max_history is {target_class_name!r} by its place in the mhc package, and {max_history!r} by ours: "
+                "give what follows it by name, as clear_on_forward=True"
+            )
+        target_class_name, max_history = None, target_class_name
+    if not isinstance(target_class_name, str | None):
+        raise TypeError(f"target_class_name must be the name of a class, got {target_class_name!r}")
     types = (target_types,) if isinstance(target_types, type) else tuple(target_types or ())
     if any(not isinstance(target, type) for target in types):
         raise TypeError(f"target_types must be classes, got {target_types!r}; a name goes to target_class_name")
@@ -107,12 +122,18 @@ def inject_mhc(
     if config.history_scope == "global":
         histories = histories[:1] * len(fresh)
     for target, history in zip(fresh, histories, strict=True):
-        target.mhc_skip = InjectedSkip(history, config, preserve_function).to(**placement(target))
+        target.mhc_skip = skip = InjectedSkip(history, config, preserve_function).to(**placement(target))
         target.register_forward_hook(_add_history, with_kwargs=True)
+        target.register_load_state_dict_pre_hook(_take_published)
+        # Where the `mhc` package has them. No submodules: they would have a second name in state dicts.
+        for name, value in (("base_module", target), ("skip", skip), ("history_buffer", history)):
+            if not hasattr(target, name):
+                object.__setattr__(target, name, value)
     if fresh:
         span_forwards(root, dict.fromkeys(histories), keep=not config.clear_history_each_forward)
-    if not hasattr(root, "clear_history"):
-        root.clear_history = partial(clear_history, root)  # type: ignore[assignment]
+    for name in ("clear_history", "clear_mhc_history"):
+        if not hasattr(root, name):
+            setattr(root, name, partial(clear_history, root))
     return root
 
 
@@ -145,6 +166,38 @@ def _targets(module: nn.Module, wanted: Callable[[nn.Module], bool], seen: set[n
     elif not hasattr(module, "mhc_skip") and not isinstance(module, nn.MultiheadAttention):
         for child in module.children():
             yield from _targets(child, wanted, seen)
+
+
+def published_keys(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """Those of `keys` that an injected model of the `mhc` package has in its state dict, and what they are called here.
+
+    Example:
+        >>> published_keys(inject_mhc(nn.Linear(2, 2), nn.Linear), ["base_module.bias", "skip.mixing_logits"])
+        {'base_module.bias': 'bias', 'skip.mixing_logits': 'mhc_skip.mixing_logits'}
+    """
+    keys = list(keys)
+    names: dict[str, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if hasattr(module, "mhc_skip"):
+            prefix = path and f"{path}."
+            below = [key for key in keys if key.startswith(prefix)]
+            names |= _published_below(prefix, below)
+    return names
+
+
+def _published_below(prefix: str, keys: list[str]) -> dict[str, str]:
+    """published_keys of one target, all of whose keys begin with `prefix`."""
+    ours = {f"{prefix}base_module.": prefix, f"{prefix}skip.": f"{prefix}mhc_skip."}
+    # A target of ours may itself have a child called `skip`; then it has other keys, too.
+    if f"{prefix}skip.mixing_logits" not in keys or not all(key.startswith(tuple(ours)) for key in keys):
+        return {}
+    return {key: new + key.removeprefix(old) for key in keys for old, new in ours.items() if key.startswith(old)}
+
+
+def _take_published(target: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Hook of an injected module, before it loads."""
+    for theirs, ours in _published_below(prefix, [key for key in state_dict if key.startswith(prefix)]).items():
+        state_dict[ours] = state_dict.pop(theirs)
 
 
 def placement(target: nn.Module) -> dict[str, Any]:

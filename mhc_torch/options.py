@@ -68,10 +68,18 @@ def check_types(config: Any) -> None:
         TypeError: one has not; True and False are no numbers.
     """
     for field in dataclasses.fields(config):
-        value, wanted = getattr(config, field.name), type(field.default)
-        fits = isinstance(value, (int, float) if wanted is float else wanted)
-        if not fits or (isinstance(value, bool) and wanted is not bool):
-            raise TypeError(f"{field.name} must be of type {wanted.__name__}, got {value!r}")
+        check_type(field.name, getattr(config, field.name), type(field.default))
+
+
+def check_type(name: str, value: object, wanted: type, hint: str = "") -> None:
+    """The argument `name` must be of the type `wanted`; a whole number may stand for a float.
+
+    Raises:
+        TypeError: it is not; True and False are no numbers. The message ends with `hint`.
+    """
+    fits = isinstance(value, (int, float) if wanted is float else wanted)
+    if not fits or (isinstance(value, bool) and wanted is not bool):
+        raise TypeError(f"{name} must be of type {wanted.__name__}, got {value!r}{hint}")
 
 
 def check_choice(name: str, value: str, known: Collection[str]) -> None:

@@ -19,6 +19,8 @@ from bridge.weights.convert import warn
 from bridge.weights.formats import Piece, Reader, Spec, open_file, write
 from bridge.weights.leaves import aliases, jax_leaves, jax_transients, torch_leaves, value
 from bridge.weights.match import Link, Match, match
+from mhc_torch.injection import published_keys
+from mhc_torch.nn import MHCConv2d
 
 Model = TypeVar("Model", bound=nnx.Module | nn.Module)
 
@@ -78,6 +80,7 @@ def load(path: str | os.PathLike[str], model: Any = None) -> Any:
     with open_file(path) as reader:
         if model is None:
             return {name: _own(reader.read(name)) for name in reader.specs}
+        reader = _understood(reader, model, path)
         leaves = _leaves(model)
         if isinstance(model, nn.Module):  # parameters that take their shape from the file, if it has them
             leaves |= {name: p for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)}
@@ -144,6 +147,7 @@ def convert_file(
         return piece
 
     with open_file(source) as reader:
+        reader = _understood(reader, torch_model if to == "jax" else jax_model, source)
         names = _sources(reader, ours, _ignored(torch_model if to == "jax" else jax_model), source)
         write(target, specs, map(count, _pieces(reader, names, found, specs, to)))
 
@@ -179,6 +183,37 @@ def _parts(
         values = link.to_torch(array) if to == "torch" else link.to_jax(array, shape)
         for name in names[slot.path]:
             yield Piece(name, slot.start(shape), values)
+
+
+class _Renamed(Reader):
+    """Arrays of another reader by other names.
+
+    Args:
+        names: the names in the file -> those here.
+    """
+
+    def __init__(self, reader: Reader, names: Mapping[str, str]) -> None:
+        self._reader = reader
+        self._stored = {names.get(name, name): name for name in reader.specs}
+        self.specs = {name: reader.specs[stored] for name, stored in self._stored.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._reader.read(self._stored[name])
+
+
+def _understood(reader: Reader, model: nnx.Module | nn.Module, path: Any) -> Reader:
+    """With the names of `model` for those that the published `mhc` package gives to injected modules.
+
+    Raises:
+        ValueError: a module of the model refuses the state of the version that was saved.
+    """
+    if not isinstance(model, nn.Module):
+        return reader
+    for name, module in model.named_modules():
+        if isinstance(module, MHCConv2d) and (refusal := module.refusal(reader.versions.get(name))):
+            raise ValueError(f"{path} does not fit the model: {name or 'it'} is {refusal}")
+    names = published_keys(model, reader.specs)
+    return _Renamed(reader, names) if names else reader
 
 
 def _ignored(model: nnx.Module | nn.Module) -> set[str]:

@@ -16,6 +16,7 @@ from mhc_torch.monitoring.diagnostics import (
     row_figures,
 )
 from mhc_torch.monitoring.pictures import log_picture, logger_kinds
+from mhc_torch.options import check_type
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -23,6 +24,7 @@ try:
 except ImportError as error:
     raise ImportError("MHCLightningCallback needs Lightning: pip install 'mhc-jax[lightning]'") from error
 
+_PUBLISHED_ORDER = "; the mhc package's order is (log_mixing_weights, log_interval, prefix): give these by name"
 _BACKENDS = ("tensorboard", "wandb", "mlflow", "comet", "clearml", "csv")
 
 
@@ -60,6 +62,7 @@ class MHCLightningCallback(Callback):
         logging_backend: "tensorboard", "wandb", "mlflow", "comet", "clearml" or "csv"; None means all loggers.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: ``log_interval`` below 1, or an unknown backend.
         ImportError: Lightning is missing, or matplotlib is and ``log_mixing_weights`` is on.
     """
@@ -75,6 +78,12 @@ class MHCLightningCallback(Callback):
         *,
         log_weights: bool | None = None,
     ) -> None:
+        switches = {"log_mixing_weights": log_mixing_weights, "log_entropy": log_entropy}
+        switches |= {"log_gradients": log_gradients} | ({} if log_weights is None else {"log_weights": log_weights})
+        for name, switch in switches.items():
+            check_type(name, switch, bool, _PUBLISHED_ORDER)
+        check_type("log_interval", log_interval, int, _PUBLISHED_ORDER)
+        check_type("prefix", prefix, str, _PUBLISHED_ORDER)
         if log_interval < 1:
             raise ValueError(f"log_interval must be at least 1 step, got {log_interval}")
         if logging_backend is not None and logging_backend not in _BACKENDS:

@@ -80,9 +80,14 @@ class MHCConv2d(_HistoryBlock):
     The arguments up to `bias` are those of torch.nn.Conv2d. The others are options, fields of MHCConfig; those left out
     come from `config`, by default `get_default_config()`.
 
+    State dicts of the `mhc` package are refused: its first forward is conv(x) alone, and later ones mix what earlier
+    batches left, so that its weights make another function. `load_state_dict(dict(state))` takes them all the same.
+
     Raises:
         TypeError, ValueError: as MHCConfig.
     """
+
+    _version = 2  # torch writes it beside the state; 1, its default, is that of the `mhc` package
 
     def __init__(
         self,
@@ -109,6 +114,23 @@ class MHCConv2d(_HistoryBlock):
         self.needs_projection = in_channels != out_channels or stride not in (1, (1, 1))
         if self.needs_projection:
             self.projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    @staticmethod
+    def refusal(version: int | None) -> str | None:
+        """Why a state that was saved as of this version does not fit; None if it does, or if no version is known."""
+        if version != 1:
+            return None
+        return (
+            "the state of an MHCConv2d of the mhc package: its first forward is conv(x) alone, here the history begins "
+            "with the input, so that equal weights make another function. To go on from them all the same: "
+            "model.load_state_dict(dict(state))"
+        )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        if refusal := self.refusal(local_metadata.get("version")):
+            rest[-1].append(f"{prefix.rstrip('.') or 'the model'}: {refusal}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def forward(self, x: Input) -> Image:
         """(B, in_channels, H, W) to (B, out_channels, H', W'), as torch.nn.Conv2d."""

@@ -1,7 +1,7 @@
 """MHCSequential: a stack of branches whose outputs are mixed with the stack's own past states."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,24 @@ from mhc_torch.history.mixing import check_arithmetic
 from mhc_torch.history.tape import Tape
 from mhc_torch.history.window import HistoryBuffer
 from mhc_torch.monitoring.connection import whole
-from mhc_torch.nn.compatible import mhc_compatible
+from mhc_torch.nn.compatible import mhc_compatible, takes_history
+from mhc_torch.nn.matrix_skip import MatrixMHCSkip
 from mhc_torch.nn.skip import MHCSkip
+
+
+class MixesItself(nn.Module):
+    """Stands for the skip of a branch that takes the history, and mixes it, itself."""
+
+    def forward(self, branch: Inexact[Tensor, "..."], history: Sequence[Tensor]) -> Inexact[Tensor, "..."]:
+        return branch
 
 
 @mhc_compatible
 class MHCSequential(nn.Module):
     """x_{l+1} = f_l(x_l) + g_l * sum_k alpha_{l,k} x_k for each module f_l in turn; the window includes the input x_0.
+
+    A module that is @mhc_compatible and whose forward takes `history` mixes for itself: it is called with the states so
+    far, oldest first, and x_{l+1} is what it puts out.
 
     Options are fields of MHCConfig, which has their meaning; those left out come from `config`, by default
     `get_default_config()`.
@@ -33,7 +44,8 @@ class MHCSequential(nn.Module):
 
     Attributes:
         wrapped_modules: the branches.
-        skip_layers: one MHCSkip for each branch.
+        skip_layers: one MHCSkip for each branch, a `MixesItself` for one that does. Another module may take its place:
+            it is called with the output of the branch and the states, and puts out the next state.
         history_buffer: what the last forward left to the next one if clear_history_each_forward is off, else empty: the
             states of a forward belong to it alone, so that threads can share a stack, and a branch can call it.
 
@@ -81,9 +93,12 @@ class MHCSequential(nn.Module):
             auto_project=auto_project,
             **options,
         )
-        self.skip_layers = nn.ModuleList(MHCSkip(config=config) for _ in self.wrapped_modules)
+        self.skip_layers = nn.ModuleList(
+            MixesItself() if takes_history(module) else MHCSkip(config=config) for module in self.wrapped_modules
+        )
         for depth, skip in enumerate(self.skip_layers, start=1):
-            skip.live = min(depth, config.max_history)  # type: ignore[assignment]
+            if isinstance(skip, MHCSkip):
+                skip.live = min(depth, config.max_history)
         self.history_buffer = HistoryBuffer(config=config)
         self.clear_history_each_forward = config.clear_history_each_forward
         self.use_checkpointing = use_checkpointing
@@ -102,11 +117,12 @@ class MHCSequential(nn.Module):
         states = buffer.with_state([] if self.clear_history_each_forward else buffer.get(), x)
         tape = self._tape(x, len(states))
         for module, skip in zip(self.wrapped_modules, self.skip_layers, strict=True):
+            given: dict[str, Any] = {"history": list(states)} if isinstance(skip, MixesItself) else {}
             if self.use_checkpointing and torch.is_grad_enabled():
-                branch = checkpoint(module, x, use_reentrant=False)
+                branch = checkpoint(module, x, use_reentrant=False, **given)
             else:
-                branch = module(x)
-            x = skip(branch, states, tape)
+                branch = module(x, **given)
+            x = skip(branch, states) if tape is None else skip(branch, states, tape)
             states = buffer.with_state(states, x)
         if not self.clear_history_each_forward:
             buffer.replace(states)
@@ -118,13 +134,18 @@ class MHCSequential(nn.Module):
         return next((branch for own, branch in pairs if own is skip), None)
 
     def residual_maps(self) -> Float[Tensor, "L H H"]:
-        """What each layer does to the window: the oldest state drops out, the weighted sum comes in; float64."""
+        """What each layer does to the window: the oldest state drops out, the weighted sum comes in; float64.
+
+        Of no layer (L = 0) where one mixes in a way of its own.
+        """
         skips: list[Any] = list(self.skip_layers)
+        if not all(isinstance(skip, MHCSkip | MatrixMHCSkip) for skip in skips):
+            return torch.empty(0, 0, 0, dtype=torch.float64)
         window = max((skip.max_history for skip in skips), default=0)
         maps = torch.eye(window, dtype=torch.float64).roll(-1, 0).repeat(len(skips), 1, 1)
         for step, skip in zip(maps, skips, strict=True):
             alpha = whole(skip.mixing_weights()).double().cpu()
-            if skip.use_gating:
+            if isinstance(skip, MHCSkip) and skip.use_gating:
                 alpha *= whole(skip.gate_logit).double().sigmoid().cpu()
             step[-1] = 0
             step[-1, window - len(alpha) :] = alpha
@@ -134,9 +155,12 @@ class MHCSequential(nn.Module):
         """The logits of all layers, projected at once; the first layer sees so many `states`, each next one more.
 
         None where they cannot be: skips that no longer share their settings project for themselves, and so do those
-        whose parameters are sharded (`fully_shard`), which are whole only inside of their own forward.
+        of another class, which may mix in a way of their own, and those whose parameters are sharded (`fully_shard`),
+        which are whole only inside of their own forward.
         """
         skips: list[Any] = list(self.skip_layers)
+        if any(type(skip) is not MHCSkip for skip in skips):
+            return None
         configs = [skip.config for skip in skips]
         if not skips or configs.count(configs[0]) < len(skips) or configs[0].mode == "residual":
             return None

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -43,9 +44,11 @@ class Reader(ABC):
 
     Attributes:
         specs: what is there.
+        versions: of the modules whose state it is, by path, where the file has them.
     """
 
     specs: dict[str, Spec]
+    versions: Mapping[str, int] = MappingProxyType({})
 
     @abstractmethod
     def read(self, name: str) -> np.ndarray:

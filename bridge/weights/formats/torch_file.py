@@ -45,6 +45,9 @@ class TorchReader(Reader):
             raise ValueError(f"path: {path} holds a {type(content).__name__}, not a state dict")
         if isinstance(content.get("state_dict"), Mapping):
             content = content["state_dict"]
+        saved = getattr(content, "_metadata", None)  # torch's own, beside every state dict
+        if isinstance(saved, Mapping):
+            self.versions = {path: about["version"] for path, about in saved.items() if "version" in about}
         try:
             self._tensors = flatten(content)
         except ValueError as error:
