@@ -14,7 +14,7 @@ class Shown(NamedTuple):
     Attributes:
         layers: figures by name, for each layer.
         whole: figures of all layers together.
-        weights: vectors of weights by name, for the heatmap, in order of depth.
+        weights: vectors of weights by name, for the heatmap, in order of depth; the dashboard numbers them.
     """
 
     layers: dict[str, dict[str, float]]
@@ -53,9 +53,7 @@ def show_history(figures: Mapping[str, np.ndarray], live: Mapping[str, int], *, 
     layers, weights = {}, {}
     for depth, (name, count) in enumerate(live.items()):
         weights[name] = figures["weights"][depth, -count:]
-        layers[name] = {f"alpha_{i}": float(value) for i, value in enumerate(weights[name])}
-        for key in ("entropy", "logits_grad_norm", "grad_norm"):
-            if key in figures:
-                layers[name][key] = float(figures[key][depth])
+        keys = ("entropy", "logits_grad_norm", "grad_norm")
+        layers[name] = {key: float(figures[key][depth]) for key in keys if key in figures}
     gains = ("gain_forward", "gain_backward") if container else ()
     return Shown(layers, {key: float(figures[key]) for key in gains}, weights)

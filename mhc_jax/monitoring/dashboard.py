@@ -36,9 +36,10 @@ def dashboard(
     """The figures of `mhc_jax.monitoring.diagnostics.diagnose` as numbers with names, and the mixing weights by layer.
 
     A layer has the name that it has in the PyTorch model that the bridge pairs with this one: `net.skip_layers.3`.
-    Names of the metrics are `{prefix}/{layer}/alpha_{i}` (live weights, oldest state first), `.../entropy`,
-    `.../grad_norm`, `.../logits_grad_norm`, and for a container `{prefix}/{container}/gain_forward` and
-    `gain_backward`, without the middle part if it is the model itself. Reading them waits for the device.
+    Names of the metrics are `{prefix}/{layer}/alpha_{i}` (live weights; i is the column of the heatmap, so that the
+    latest state has the same, highest index in every layer), `.../entropy`, `.../grad_norm`, `.../logits_grad_norm`,
+    and for a container `{prefix}/{container}/gain_forward` and `gain_backward`, without the middle part if it is the
+    model itself. Reading them waits for the device.
 
     Args:
         model: the model that was diagnosed, for the kinds of its connections.
@@ -53,8 +54,10 @@ def dashboard(
         >>> stack = MHCStack(lambda rngs: nnx.Linear(4, 4, rngs=rngs), depth=2, rngs=nnx.Rngs(0))
         >>> grads = nnx.grad(lambda stack: stack(jax.numpy.ones((2, 4))).sum())(stack)
         >>> metrics, weights = dashboard(stack, diagnose(stack, grads))
-        >>> list(metrics)[:2], list(weights), round(metrics["mhc/gain_forward"], 3)
-        (['mhc/skip_layers.0/alpha_0', 'mhc/skip_layers.0/entropy'], ['skip_layers.0', 'skip_layers.1'], 1.0)
+        >>> list(weights), round(metrics["mhc/gain_forward"], 3)
+        (['skip_layers.0', 'skip_layers.1'], 1.0)
+        >>> [key.removeprefix("mhc/skip_layers.") for key in metrics if "alpha" in key]
+        ['0/alpha_1', '1/alpha_0', '1/alpha_1']
     """
     metrics: dict[str, float] = {}
     weights: dict[str, np.ndarray] = {}
@@ -63,11 +66,16 @@ def dashboard(
         path, connection = found[name]
         holder = ".".join(map(str, path))
         shown = connection.shown(figures)
-        named = {layer: ".".join(filter(None, (holder, layer))) or type(connection).__name__ for layer in shown.layers}
+        rows = shown.layers | shown.weights
+        named = {layer: ".".join(filter(None, (holder, layer))) or type(connection).__name__ for layer in rows}
         for layer, values in shown.layers.items():
             metrics |= {f"{prefix}/{named[layer]}/{key}": value for key, value in values.items()}
         metrics |= {"/".join(filter(None, (prefix, holder, key))): value for key, value in shown.whole.items()}
         weights |= {named[layer]: alpha for layer, alpha in shown.weights.items()}
+    window = max(map(len, weights.values()), default=0)
+    for layer, alpha in weights.items():
+        first = window - len(alpha)
+        metrics |= {f"{prefix}/{layer}/alpha_{i}": float(value) for i, value in enumerate(alpha, start=first)}
     return metrics, weights
 
 

@@ -298,7 +298,6 @@ def _show_streams(figures: Mapping[str, np.ndarray], names: Sequence[str]) -> Sh
         rows |= {f"res.{i}": row for i, row in enumerate(figures["res"][branch])}
         for row, values in rows.items():
             weights[inside + row] = values
-            layers[inside + row] = {f"alpha_{i}": float(value) for i, value in enumerate(values)}
         for i, value in enumerate(figures["entropy"][branch]):
-            layers[f"{inside}res.{i}"]["entropy"] = float(value)
+            layers[f"{inside}res.{i}"] = {"entropy": float(value)}
     return Shown(layers, {key: float(figures[key]) for key in ("gain_forward", "gain_backward")}, weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -12,6 +13,7 @@ from mhc_torch.monitoring.diagnostics import (
     composite_gains,
     extract_mixing_weights,
     gradient_norms,
+    history_columns,
     reset_history,
     row_figures,
 )
@@ -47,15 +49,18 @@ class MHCLightningCallback(Callback):
     ``log_interval``-th optimizer step (the first included), for every mixing layer
     (see :func:`~mhc_torch.monitoring.connection.connections`):
 
-    - ``{prefix}/{layer}/alpha_{i}``: its live mixing weights, oldest state first, and ``{prefix}/mixing_weights``: one
-      heatmap over all layers (``log_mixing_weights``, needs matplotlib); with them, for every MHCSequential,
-      ``{prefix}/{container}/gain_forward`` and ``.../gain_backward``, the composite gain of its skips;
+    - ``{prefix}/{layer}/alpha_{i}``: its live mixing weights, and ``{prefix}/mixing_weights``: one heatmap over all
+      layers (``log_mixing_weights``, needs matplotlib). ``i`` is the column of the heatmap: the latest state has the
+      same, highest index in every layer, and a layer that has not seen H states yet lacks the lowest indices. With
+      them, for every MHCSequential, ``{prefix}/{container}/gain_forward`` and ``.../gain_backward``, the composite
+      gain of its skips;
     - ``{prefix}/{layer}/entropy``: the Shannon entropy ``-Σ α log α`` in nats (``log_entropy``);
     - ``{prefix}/{layer}/grad_norm`` and ``.../logits_grad_norm``: the Euclidean norm of the gradient of the layer's
       parameters and of its mixing logits, unscaled and not yet clipped (``log_gradients``).
 
     The step of all of them is the number of optimizer steps taken before. Global rank 0 logs, to every logger of the
-    Trainer, or to those of one ``logging_backend``.
+    Trainer, or to those of one ``logging_backend``. On every rank the latest numbers are in
+    ``trainer.callback_metrics`` too, with or without a logger, so that ``EarlyStopping`` can monitor them.
 
     Args:
         log_weights: another name of ``log_mixing_weights``.
@@ -113,6 +118,8 @@ class MHCLightningCallback(Callback):
         # Every rank computes, since reading a sharded parameter is a collective; rank zero logs.
         weights = extract_mixing_weights(pl_module)
         metrics = self._metrics(weights, pl_module)
+        # Not by `pl_module.log`, which would go through all of them again at every step.
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
         if not metrics or not trainer.is_global_zero:
             return
         loggers = self._loggers(trainer)
@@ -132,8 +139,9 @@ class MHCLightningCallback(Callback):
         metrics = gradient_norms(pl_module) if self.log_gradients else {}
         if self.log_mixing_weights:
             metrics |= composite_gains(pl_module)
-            for layer, alpha in weights.items():
-                metrics |= {f"{layer}/alpha_{i}": value for i, value in enumerate(alpha.tolist())}
+            for layer, columns in history_columns(weights).items():
+                values = zip(columns, weights[layer].tolist(), strict=True)
+                metrics |= {f"{layer}/alpha_{i}": value for i, value in values}
         wanted = {"entropy": self.log_entropy, "identity_distance": self.log_mixing_weights}
         metrics |= {key: value for key, value in row_figures(pl_module).items() if wanted[key.rpartition("/")[2]]}
         return {f"{self.prefix}/{key}": value for key, value in metrics.items()}

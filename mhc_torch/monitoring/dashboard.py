@@ -27,7 +27,7 @@ except ImportError as error:
     raise ImportError("plots need matplotlib: pip install 'mhc-jax[viz]'") from error
 
 from mhc_torch.monitoring.connection import connections
-from mhc_torch.monitoring.diagnostics import extract_mixing_weights, without_compile_prefix
+from mhc_torch.monitoring.diagnostics import extract_mixing_weights, history_columns, without_compile_prefix
 from mhc_torch.monitoring.probe import dummy_input, probe
 
 _NOT_LIVE = "0.85"
@@ -71,10 +71,11 @@ def draw_mixing_weights(figure: Figure, weights: Mapping[str, Tensor], cmap: str
     """
     if not weights:
         raise ValueError("weights: no history layer to draw; the model holds no MHCSkip or MatrixMHCSkip that mixes")
-    window = max(len(alpha) for alpha in weights.values())
+    columns = history_columns(weights)
+    window = max(places.stop for places in columns.values())
     cells = np.full((len(weights), window), np.nan)
-    for row, alpha in zip(cells, weights.values(), strict=True):
-        row[window - len(alpha) :] = alpha.detach().cpu().double().numpy()
+    for row, (name, alpha) in zip(cells, weights.items(), strict=True):
+        row[columns[name]] = alpha.detach().cpu().double().numpy()
 
     colours = mpl.colormaps[cmap].with_extremes(bad=_NOT_LIVE, under="black")
     axes = figure.add_subplot()

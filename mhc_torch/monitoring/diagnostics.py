@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,16 @@ def extract_mixing_weights(model: nn.Module) -> dict[str, Float[Tensor, "k"]]:
         for name, connection in connections(model)
         for row, weights in connection.weight_rows().items()
     }
+
+
+def history_columns(weights: Mapping[str, Float[Tensor, "_"]]) -> dict[str, range]:
+    """Where each layer's weights stand in the heatmap, and under which index ``alpha_{i}`` they are logged.
+
+    The longest row has the columns 0, 1, ...; shorter ones end where it ends, so that all layers have their latest
+    state in the last column, under the same name.
+    """
+    window = max(map(len, weights.values()), default=0)
+    return {name: range(window - len(alpha), window) for name, alpha in weights.items()}
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import nn
 
-from mhc_torch import HistoryBuffer, MHCBasicBlock, MHCConv2d, MHCLightningCallback, inject_mhc
+from mhc_torch import HistoryBuffer, MHCBasicBlock, MHCConv2d, MHCLightningCallback, inject_mhc, plot_mixing_weights
 from tests.mhc_torch import readers
 from tests.mhc_torch.lightning_models import WIDTH, Classifier, blocks, loader, trainer
 
@@ -117,10 +117,10 @@ def test_gradients_are_logged_as_they_are_before_clipping(tmp_path):
 @pytest.mark.parametrize(
     ("switches", "expected"),
     [
-        ({}, {"alpha_0", "entropy"}),
+        ({}, {"alpha_2", "entropy"}),
         ({"log_mixing_weights": False}, {"entropy"}),
         ({"log_weights": False}, {"entropy"}),
-        ({"log_entropy": False}, {"alpha_0"}),
+        ({"log_entropy": False}, {"alpha_2"}),
         ({"log_weights": False, "log_entropy": False, "log_gradients": True}, {"grad_norm", "logits_grad_norm"}),
         ({"log_weights": False, "log_entropy": False}, set()),
     ],
@@ -130,7 +130,7 @@ def test_what_is_logged_can_be_chosen(tmp_path, switches, expected):
     scalars, pictures = dashboard_of(tmp_path, batches=1, callback=callback)
     first = "history/net.skip_layers.0/"
     assert {key.removeprefix(first) for key in scalars if key.startswith(first)} == expected
-    assert bool(pictures) == ("alpha_0" in expected)
+    assert bool(pictures) == ("alpha_2" in expected)
 
 
 def test_one_backend_can_be_chosen(tmp_path):
@@ -257,6 +257,67 @@ def test_entropy_starts_at_log_k_under_uniform_weights(tmp_path):
     for depth in range(5):
         entropy = scalars[f"mhc/net.skip_layers.{depth}/entropy"][0]
         assert entropy == pytest.approx(math.log(min(depth + 1, 3)), abs=1e-6)
+
+
+@pytest.mark.parametrize(("depth", "history"), [(5, 3), (2, 4)])
+def test_alpha_is_numbered_by_the_column_of_the_heatmap(tmp_path, depth, history):
+    model = Classifier(depth=depth, max_history=history)
+    scalars, _ = dashboard_of(tmp_path, model, batches=1)
+    shown = plot_mixing_weights(model).axes[0].images[0].get_array()
+    columns = [[i for i, weight in enumerate(row) if not np.isnan(weight)] for row in np.ma.filled(shown, np.nan)]
+    pattern = "mhc/net.skip_layers.{}/alpha_{}"
+    assert {key for key in scalars if "alpha_" in key} == {
+        pattern.format(layer, i) for layer, row in enumerate(columns) for i in row
+    }
+    assert scalars[pattern.format(0, columns[-1][-1])] == {0: 1.0}
+
+
+def entropies(trainer):
+    return {key: float(value) for key, value in trainer.callback_metrics.items() if key.endswith("/entropy")}
+
+
+def test_callback_metrics_hold_the_dashboard_without_a_logger_and_until_the_next_time():
+    # Four optimizer steps an epoch, and the only measurement is the first step's.
+    t = trainer(max_epochs=2, callbacks=[MHCLightningCallback(log_interval=100, log_gradients=True)])
+    t.fit(Classifier(), loader(4), loader(1))
+    found = entropies(t)
+    assert list(found.values()) == pytest.approx([math.log(min(depth + 1, 3)) for depth in range(5)])
+    assert t.callback_metrics["mhc/net.skip_layers.4/grad_norm"] > 0
+    assert t.callback_metrics["mhc/net.skip_layers.0/alpha_2"] == 1
+    assert {"train_loss", "val_loss"} <= t.callback_metrics.keys()
+    assert not [key for key in t.logged_metrics if key.startswith("mhc/")], "they would be logged twice"
+
+
+@pytest.mark.parametrize("lightning", [L, pytorch_lightning])
+def test_early_stopping_on_an_entropy(lightning):
+    key = "mhc/net.skip_layers.4/entropy"
+    stop = lightning.pytorch.callbacks if lightning is L else lightning.callbacks
+    stop = stop.EarlyStopping(key, mode="max", patience=0, check_on_train_epoch_end=True)
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Classifier().net
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    t = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=9,
+        logger=False,
+        callbacks=[stop, MHCLightningCallback(log_interval=4)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    t.fit(Module(), loader(4))
+    # It starts at its maximum, log 3, so the second epoch cannot be better than the first.
+    assert stop.stopped_epoch == 1
+    assert 0 < float(t.callback_metrics[key]) < math.log(3)
 
 
 @pytest.mark.parametrize(
