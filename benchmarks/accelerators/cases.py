@@ -143,6 +143,21 @@ def layers(n: int, width: int, implementation: streams.Implementation, scale: fl
     return Program(derivatives, (params, _tokens(n, width), _tokens(n, width)))
 
 
+def boundaries(n: int, width: int, implementation: streams.Implementation, scale: float) -> Program:
+    """The same by boundaries, from one stream to one."""
+    config = streams.StreamConfig(n)
+    one = jax.eval_shape(lambda: streams.init_params(config, width))
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((STREAM_DEPTH, *leaf.shape), leaf.dtype), one)
+
+    def layer(params: Any) -> list[streams.Connected]:
+        return [streams.Connected(jax.lax.optimization_barrier, params, config, implementation)]
+
+    def derivatives(params: Any, x: jax.Array, cotangent: jax.Array) -> Any:
+        return jax.vjp(lambda params, x: streams.apply_branches(layer, params, x, n), params, x)[1](cotangent)
+
+    return Program(derivatives, (params, _tokens(width), _tokens(width)))
+
+
 def least_of_layers(n: int, width: int) -> int:
     """With one pass between two branches: (2n + 2)C numbers a token forward and (3n + 3)C backward, in bfloat16."""
     return STREAM_DEPTH * STREAM_TOKENS * 2 * (5 * n + 5) * width
@@ -203,6 +218,9 @@ def _cases() -> Iterator[tuple[str, Case]]:
                 yield name, Case({str(way): partial(make, way) for way in WAYS}, quick=quick, peers=peers)
         name = f"streams, {STREAM_DEPTH} layers, forward and backward, n={n}, C={width}"
         ways = {str(way): partial(layers, n, width, way) for way in WAYS}
+        yield name, Case(ways, least=least_of_layers(n, width), quick=quick)
+        name = f"streams, a stack of {STREAM_DEPTH} layers, forward and backward, n={n}, C={width}"
+        ways = {str(way): partial(boundaries, n, width, way) for way in WAYS}
         yield name, Case(ways, least=least_of_layers(n, width), quick=quick)
     steps = {
         "residual": partial(step, "residual"),

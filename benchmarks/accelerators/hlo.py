@@ -300,8 +300,12 @@ class Module:
     def _written(self, inside: Computation, value: Instruction, results: list[Array]) -> int:
         """Bytes that a fusion writes for a value that it returns."""
         if value.opcode == "tuple":
-            parts = [inside.by_name[name] for name in value.operands]
-            return sum(self._written(inside, part, [result]) for part, result in zip(parts, results, strict=True))
+            # A part that is itself many arrays, as a sum of many at once is, takes as many of the results.
+            written, rest = 0, results
+            for part in (inside.by_name[name] for name in value.operands):
+                count = len(part.results)
+                written, rest = written + self._written(inside, part, rest[:count]), rest[count:]
+            return written
         if not any(self._in_memory(result) for result in results):
             return 0
         if value.opcode == "fusion" and not _alias(value):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -184,9 +184,8 @@ def _close(
 # is the same recurrence run from the other end. And <G_{j+1}, x_l>, the gradient of weights[j, l], needs the same W
 # cotangents and the one state that the branch's derivative needs anyway, so no window of states is read again.
 #
-# A few cotangents go round in a ring of their own. Its rows are flat, and all of them are in every window, so that the
-# inner products are one product of a matrix as it lies in memory. Many would take memory: they are put in the tape,
-# each in the slot of a state that is used up.
+# A few cotangents go round in a ring of their own, all of which is in every window. Many would take memory: they are put
+# in the tape, each in the slot of a state that is used up.
 
 _WIDEST_RING = 8
 
@@ -243,41 +242,62 @@ def _layers_fwd(stack: _Stack, shared: Shared, layers: Any, x: State, weights: A
     return x, (tape, pullbacks, shared, layers, weights)
 
 
+class _Form(NamedTuple):
+    """What a platform's compiler likes best.
+
+    Attributes:
+        flat: whether states lie in one axis on the way back. To flatten a state is free on a CPU, and a copy on a TPU.
+        products: ``<rows[start + c], x>`` for every c below `count`, from ``(rows, start, count, x, total, dtype)``,
+            where `total` is what the same rows were just added to. What comes after them is not looked at.
+    """
+
+    flat: bool
+    products: Callable[[State, Array | int, int, State, State, Any], Float[Array, "more"]]
+
+
 @_compiled
 def _layers_bwd(stack: _Stack, residuals: Any, g: State) -> tuple[Any, Any, State, Array]:
+    backward = {platform: partial(_backward, stack, form) for platform, form in _FORMS.items()}
+    return lax.platform_dependent(residuals, g, **backward)
+
+
+def _backward(stack: _Stack, form: _Form, residuals: Any, g: State) -> tuple[Any, Any, State, Array]:
     tape, pullbacks, shared, layers, weights = residuals
     depth, width = weights.shape
     ring = width <= _WIDEST_RING
     k = np.arange(depth)[:, None]
     slot = np.arange(width)
     held = k + (slot - k) % width if ring else np.minimum(k, depth - width) + slot
+    hold = _flat if form.flat else lambda x: x
 
     def body(carry: tuple[State, State, State, Any], scanned: Any) -> tuple[tuple[State, State, State, Any], Any]:
         cotangents, carried, g, d_shared = carry
         index, params, pullback, column, live, scanned_x = scanned
         x = scanned_x if ring else carried
         d_shared_here, d_params, dx = _with(pullback, (shared, params, _like(g, x)))(g)
-        cotangents = _write(cotangents, index % width if ring else index, _flat(g))
+        cotangents = _write(cotangents, index % width if ring else index, hold(g))
         start = 0 if ring else lax.min(index, depth - width)
-        past = lax.stop_gradient(x) if stack.detach_history else x
-        d_column = _inner_products(cotangents, start, width, past, weights.dtype)
+        total = hold(dx)
         if not stack.detach_history:
             rows = _read(cotangents, start, width)
             if not ring:
                 # Some slots still hold states. Weight 0 would not do: times an infinite state it is NaN.
                 rows = [_where(alive, row) for alive, row in zip(live, rows, strict=True)]
-            dx = _like(g, weighted_sum(_flat(dx), rows, column))
+            total = weighted_sum(total, rows, column)
+        past = lax.stop_gradient(x) if stack.detach_history else x
+        d_column = form.products(cotangents, start, width, past, total, weights.dtype)
         d_shared = jax.tree.map(jnp.add, d_shared, _real(d_shared_here))
         if not ring:
             # The next state is taken from the tape as it is now: a read of an older one would cost a copy of it all.
             (carried,) = _read(cotangents, lax.max(index - 1, 0), 1)
-        return (cotangents, carried, dx, d_shared), (_real(d_params), d_column)
+        return (cotangents, carried, _like(g, total), d_shared), (_real(d_params), d_column)
 
     d_shared = [jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else None for leaf in shared]
-    tape = jax.tree.map(lambda rows: rows.reshape(depth, -1), tape)
+    if form.flat:
+        tape = jax.tree.map(lambda rows: rows.reshape(depth, -1), tape)
     live = None if ring else jnp.asarray(held >= k)
     scanned = (jnp.arange(depth), layers, pullbacks, _band(weights, held, k), live, tape if ring else None)
-    cotangents, last = (_empty(_flat(g), width), None) if ring else (tape, _read(tape, depth - 1, 1)[0])
+    cotangents, last = (_empty(hold(g), width), None) if ring else (tape, _read(tape, depth - 1, 1)[0])
     start = (cotangents, last, g, d_shared)
     (_, _, g, d_shared), (d_layers, d_columns) = lax.scan(body, start, scanned, reverse=True)
     j = np.arange(depth)[:, None]
@@ -325,8 +345,13 @@ def _like(x: State, flat: State) -> State:
     return jax.tree.map(lambda leaf, row: row.reshape(leaf.shape), x, flat)
 
 
-def _inner_products(rows: State, start: Array | int, count: int, x: State, dtype: Any) -> Float[Array, "count"]:
-    """``<rows[start + c], x>`` for every c, as matrix-vector products: a plain sum is not vectorized on a CPU."""
+def _by_matrix(
+    rows: State, start: Array | int, count: int, x: State, total: State, dtype: Any
+) -> Float[Array, "count"]:
+    """For a CPU: products of a matrix and a vector, as a sum to one number is not vectorized.
+
+    A ring of flat rows is a matrix as it lies in memory.
+    """
 
     def products(first: Array | int, size: int) -> Array:
         def leaf_products(rows: Array, leaf: Array) -> Array:
@@ -346,6 +371,55 @@ def _inner_products(rows: State, start: Array | int, count: int, x: State, dtype
     firsts = np.minimum(np.arange(parts) * size, count - size)
     c = np.arange(count)
     return lax.map(partial(products, size=size), jnp.asarray(firsts))[c // size, c - firsts[c // size]]
+
+
+def _by_sums(
+    rows: State, start: Array | int, count: int, x: State, total: State, dtype: Any
+) -> Float[Array, "count+1"]:
+    """For a TPU: a sum for each row, and one for `total`, which nobody needs.
+
+    It makes one pass of the sums and of what made `total`: the compiler joins what makes an array with what sums it up,
+    but not two things that merely read the same.
+    """
+
+    def product(row: State) -> Array:
+        sums = jax.tree.map(lambda a, b: jnp.sum(_product(a, b, dtype)), row, x)
+        return jax.tree.reduce(jnp.add, sums).astype(dtype)
+
+    return jnp.stack([product(row) for row in [*_read(rows, start, count), total]])
+
+
+def _at_once(
+    rows: State, start: Array | int, count: int, x: State, total: State, dtype: Any
+) -> Float[Array, "count"]:
+    """For a GPU: one sum of many numbers, since of separate sums no more than eight go into one pass."""
+
+    def leaf_products(leaf: Array, *rows: Array) -> Array:
+        products = [_product(row, leaf, dtype) for row in rows]
+        return jnp.stack(_sums(products)).astype(dtype)
+
+    return jax.tree.reduce(jnp.add, jax.tree.map(leaf_products, x, *_read(rows, start, count)))
+
+
+def _product(a: Array, b: Array, dtype: Any) -> Array:
+    wide = jnp.promote_types(b.dtype, dtype)
+    return a.astype(wide) * b.astype(wide)
+
+
+@jax.custom_jvp
+def _sums(arrays: list[Array]) -> list[Array]:
+    zero = [jnp.zeros((), array.dtype) for array in arrays]
+    return lax.reduce(arrays, zero, lambda a, b: list(map(jnp.add, a, b)), range(arrays[0].ndim))
+
+
+# JAX has no derivative of a sum of many.
+_sums.defjvp(lambda primals, tangents: (_sums(*primals), [jnp.sum(tangent) for tangent in tangents[0]]))
+
+_FORMS = {
+    "cpu": _Form(flat=True, products=_by_matrix),
+    "tpu": _Form(flat=False, products=_by_sums),
+    "default": _Form(flat=False, products=_at_once),
+}
 
 
 def _real(cotangents: Any) -> Any:
