@@ -184,8 +184,8 @@ def _close(
 # is the same recurrence run from the other end. And <G_{j+1}, x_l>, the gradient of weights[j, l], needs the same W
 # cotangents and the one state that the branch's derivative needs anyway, so no window of states is read again.
 #
-# A few cotangents go round in a ring of their own, all of which is in every window. Many would take memory: they are put
-# in the tape, each in the slot of a state that is used up.
+# A few cotangents go round in a ring of their own, all of which is in every window. Many would take memory: they are
+# put in the tape, each in the slot of a state that is used up.
 
 _WIDEST_RING = 8
 
@@ -389,9 +389,7 @@ def _by_sums(
     return jnp.stack([product(row) for row in [*_read(rows, start, count), total]])
 
 
-def _at_once(
-    rows: State, start: Array | int, count: int, x: State, total: State, dtype: Any
-) -> Float[Array, "count"]:
+def _at_once(rows: State, start: Array | int, count: int, x: State, total: State, dtype: Any) -> Float[Array, "count"]:
     """For a GPU: one sum of many numbers, since of separate sums no more than eight go into one pass."""
 
     def leaf_products(leaf: Array, *rows: Array) -> Array:
