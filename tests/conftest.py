@@ -13,8 +13,8 @@ import tests.checked  # noqa: F401  (pytest is told its name, and does not impor
 
 # Two xdist workers on two cores: one thread each, or they fight.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Sharding is tested on a mesh of eight host devices.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Sharding is tested on a mesh of eight host devices. Most of the time goes into compiling: LLVM need not try hard.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiled programs are kept between runs and shared by the workers.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
