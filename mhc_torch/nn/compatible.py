@@ -13,9 +13,9 @@ T = TypeVar("T", bound=nn.Module)
 def mhc_compatible(cls: type[T]) -> type[T]:
     """Class decorator: this module handles its own hyper-connections.
 
-    Injection leaves instances of `cls` and everything in them alone, dashboards show those that have `mixing_weights()` or
-    `logits`, and an MHCSequential passes its history to a forward that takes `history`. The class gets a method
-    `clear_history()`, which empties every HistoryBuffer inside it, unless it has one.
+    Injection leaves instances of `cls` and everything in them alone, dashboards show the weights of those that have
+    `mixing_weights()` or `logits`, and an MHCSequential passes its history to a forward that takes `history`. The class
+    gets a method `clear_history()`, which empties every HistoryBuffer inside it, unless it has one.
     It stays the same class, so signature, isinstance and pickling are untouched; subclasses are marked too.
 
     Raises:
