@@ -107,8 +107,8 @@ class MHCLightningCallback(Callback):
         self._looked = True
         if next(connections(pl_module), None) is None:
             rank_zero_warn(
-                f"MHCLightningCallback found no mixing layer in {type(pl_module).__name__}, and will log nothing; it looks "
-                "for those of mhc_torch, and for classes marked by @mhc_compatible that have logits"
+                f"MHCLightningCallback found no mixing layer in {type(pl_module).__name__}, and will log nothing; it "
+                "looks for those of mhc_torch, and for classes marked by @mhc_compatible that have logits"
             )
         elif names := idle(pl_module):
             rank_zero_warn(
