@@ -7,6 +7,9 @@ _INSTEAD = {
         "an injected module keeps its class and has a child mhc_skip: in place of isinstance(module, InjectedMHC) "
         "ask hasattr(module, 'mhc_skip')"
     ),
+    "PerformanceAudit": (
+        "only the documentation of the mhc package has it; ForwardProfiler times modules, torch.profiler their memory"
+    ),
 }
 
 

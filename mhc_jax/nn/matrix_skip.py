@@ -1,6 +1,7 @@
 """A skip connection that mixes past states by a doubly stochastic matrix."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +58,9 @@ class MatrixMHCSkip(nnx.Module):
         *,
         config: MatrixConfig | None = None,
         rngs: nnx.Rngs,
+        **options: Any,
     ) -> None:
-        options = {"max_history": max_history, "doubly_stochastic": doubly_stochastic, "iterations": iterations}
+        options |= {"max_history": max_history, "doubly_stochastic": doubly_stochastic, "iterations": iterations}
         self.config = resolve(MATRIX_DEFAULTS, config, **options)
         shape = (self.max_history, self.max_history)
         self.mixing_logits = nnx.Param(0.01 * jax.random.normal(rngs.params(), shape))

@@ -14,13 +14,15 @@ from mhc_torch.history.ways import Way
 def mix(
     x: Inexact[Tensor, "*shape"], states: Sequence[Inexact[Tensor, "*shape"]], weights: Sequence[Float[Tensor, ""]]
 ) -> Inexact[Tensor, "*shape"]:
-    """x + sum_k weights[k] * states[k], in the widest dtype of x and the states; the weights do not widen it.
+    """x + sum_k weights[k] * states[k], in the dtype of x; under autocast in the widest one. Weights do not widen it.
 
     Raises:
         ValueError, TypeError: as check_window.
     """
     of_one_dtype = check_window(states, x)
     check_arithmetic(x)
+    if not of_one_dtype and not autocasts(x.device.type):
+        states, of_one_dtype = [state.to(x.dtype) for state in states], True
     if ways.of_sum(x, of_one_dtype) is Way.SEPARATE:
         return _SeparateSum.apply(x, *weights, *states)
     for state, weight in zip(states, weights, strict=True):
@@ -87,14 +89,14 @@ def check_arithmetic(x: Tensor, name: str = "x") -> None:
 
 
 def check_window(states: Sequence[Tensor], x: Tensor) -> bool:
-    """Every state must have the shape and device of `x`, and its dtype too unless autocast is on.
+    """Every state must have the shape and device of `x`, and a dtype that does not widen it unless autocast is on.
 
     Returns:
         Whether all have the dtype of `x`.
 
     Raises:
         ValueError: a shape or a device differs.
-        TypeError: a dtype differs.
+        TypeError: a dtype is wider than that of `x`, or no floating one.
     """
     shape, device, dtype, of_one_dtype = x.shape, x.device, x.dtype, True
     for state in states:
@@ -111,8 +113,17 @@ def check_window(states: Sequence[Tensor], x: Tensor) -> bool:
             )
         if state.dtype != dtype:
             of_one_dtype = False
-            if not autocasts(device.type):
+            if not autocasts(device.type) and not _fits(state.dtype, dtype):
                 raise TypeError(
                     f"history has a state of {state.dtype}, x is {dtype}; convert it or call clear_history()"
                 )
     return of_one_dtype
+
+
+def _fits(narrow: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether the first dtype is a floating one whose numbers are all in the second; eight bits are for storage."""
+    return (
+        (narrow.is_floating_point or narrow.is_complex)
+        and narrow.itemsize > 1
+        and torch.promote_types(narrow, dtype) == dtype
+    )

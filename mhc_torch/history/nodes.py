@@ -41,7 +41,7 @@ class Nodes:
     def mix(
         self, branch: Float[Tensor, "*shape"], layer: int, window: Sequence[Tensor]
     ) -> Float[Tensor, "*shape"] | None:
-        """The state that `layer` makes; None if autocast has made the dtypes of branch and latest state differ.
+        """The state that `layer` makes; None if the dtypes of branch and latest state differ.
 
         Raises:
             ValueError, TypeError: as check_window.

@@ -12,6 +12,13 @@ from torch.nn import functional as F
 _MATERIALIZING = threading.Lock()
 
 
+class _Shapeless(nn.UninitializedParameter):
+    """A parameter whose shape is not known yet. It counts as none, so that parameters can be counted at any time."""
+
+    def numel(self) -> int:
+        return 0
+
+
 class WidthMap(nn.Module):
     """A linear map, without bias, from the width of past states to that of the present one.
 
@@ -22,7 +29,7 @@ class WidthMap(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.UninitializedParameter()
+        self.weight = _Shapeless()
 
     def forward(self, states: Sequence[Tensor], x: Tensor) -> list[Tensor]:
         """The states, those whose shape is not that of `x` mapped to its width.

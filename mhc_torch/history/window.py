@@ -1,10 +1,14 @@
 """HistoryBuffer: the last states of a network, kept by whoever calls the layers."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mhc_torch.history.config import MHCConfig, resolve_config
+from mhc_torch.history.mixing import mix
 
 
 class HistoryBuffer(nn.Module):
@@ -52,6 +56,23 @@ class HistoryBuffer(nn.Module):
     def get(self) -> list[Tensor]:
         """The states that are kept, oldest first."""
         return list(self._states)
+
+    def get_mixed(self, weights: Float[Tensor, "k"] | Sequence[float]) -> Tensor:
+        """sum_k weights[k] * x_k over the states x_k that are kept, the oldest first.
+
+        Raises:
+            ValueError: no state is kept, there are more or fewer weights than states, or the shapes of states differ.
+        """
+        states = self.get()
+        if not states or len(weights) != len(states):
+            raise ValueError(
+                f"weights must be one for each state that is kept, of which there are {len(states)}; got {weights}"
+            )
+        latest = states[-1]
+        dtype = torch.promote_types(latest.dtype, torch.float32)
+        return mix(
+            torch.zeros_like(latest), states, torch.as_tensor(weights, dtype=dtype, device=latest.device).unbind()
+        )
 
     def clear(self) -> None:
         """Forget every state."""

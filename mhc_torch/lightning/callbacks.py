@@ -5,10 +5,30 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Literal
 
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+import lightning.pytorch as pl
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import EarlyStopping
 from pydantic import Field
 
+from mhc_torch.lightning.packages import refuse_the_other
 from mhc_torch.lightning.settings import Settings, require_writable
+
+
+# The names are Lightning's own, because checkpoints keep the state of a callback under the name of its class.
+class ModelCheckpoint(callbacks.ModelCheckpoint):
+    """Lightning's; under a Trainer of `pytorch_lightning` a TypeError says that it is of `lightning`."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        refuse_the_other("ModelCheckpointConfig", trainer)
+        super().setup(trainer, pl_module, stage)
+
+
+class EMAWeightAveraging(callbacks.EMAWeightAveraging):
+    """Lightning's; under a Trainer of `pytorch_lightning` a TypeError says that it is of `lightning`."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        refuse_the_other("EMAConfig", trainer)
+        super().setup(trainer, pl_module, stage)
 
 
 class ModelCheckpointConfig(Settings):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mhc_torch.monitoring.connection import connections, idle
 from mhc_torch.monitoring.diagnostics import (
     composite_gains,
     extract_mixing_weights,
@@ -64,6 +65,8 @@ class MHCLightningCallback(Callback):
     Trainer, or to those of one ``logging_backend``. On every rank the latest numbers are in
     ``trainer.callback_metrics`` too, with or without a logger, so that ``EarlyStopping`` can monitor them.
 
+    After the first batch it warns, once, of a model without mixing layers, and of skips that no history reaches.
+
     Args:
         log_weights: another name of ``log_mixing_weights``.
         logging_backend: "tensorboard", "wandb", "mlflow", "comet", "clearml" or "csv"; None means all loggers.
@@ -101,6 +104,7 @@ class MHCLightningCallback(Callback):
         self.log_interval = log_interval
         self.prefix = prefix
         self.logging_backend = logging_backend
+        self._looked = False
         if self.log_mixing_weights:
             import mhc_torch.monitoring.dashboard  # noqa: F401  a missing matplotlib shows now, not hours into training
 
@@ -112,6 +116,21 @@ class MHCLightningCallback(Callback):
     def on_train_start(self, trainer: _Trainer, pl_module: nn.Module) -> None:
         if self.logging_backend is not None and not self._loggers(trainer):
             rank_zero_warn(f"the Trainer has no {self.logging_backend} logger: there will be no mHC dashboard")
+
+    def on_train_batch_end(self, trainer: _Trainer, pl_module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if self._looked:
+            return
+        self._looked = True
+        if next(connections(pl_module), None) is None:
+            rank_zero_warn(
+                f"MHCLightningCallback found no mixing layer in {type(pl_module).__name__}, and will log nothing; it "
+                "looks for those of mhc_torch, and for classes marked by @mhc_compatible that have logits"
+            )
+        elif names := idle(pl_module):
+            rank_zero_warn(
+                f"no state reached {', '.join(names)} in the first batch, so that they mix nothing: pass them the "
+                "history, a list of past states, or put their layers into an MHCSequential"
+            )
 
     def on_before_optimizer_step(self, trainer: _Trainer, pl_module: nn.Module, optimizer: Optimizer) -> None:
         step = trainer.global_step
@@ -127,7 +146,7 @@ class MHCLightningCallback(Callback):
         loggers = self._loggers(trainer)
         for logger in loggers:
             logger.log_metrics(metrics, step=step)
-        if self.log_mixing_weights:
+        if self.log_mixing_weights and any(len(alpha) for alpha in weights.values()):
             from mhc_torch.monitoring.dashboard import mixing_picture
 
             picture = mixing_picture(weights)

@@ -11,9 +11,30 @@ from pydantic import Field, field_validator
 
 from mhc_torch.lightning.callbacks import EarlyStoppingConfig, EMAConfig, ModelCheckpointConfig
 from mhc_torch.lightning.loggers import LoggerConfig
+from mhc_torch.lightning.packages import refuse_the_other
 from mhc_torch.lightning.settings import Settings
 
 Precision = Literal["16-mixed", "bf16-mixed", "32-true", "64-true", "16-true", "bf16-true"]
+
+
+class Trainer(pl.Trainer):
+    """Lightning's; a TypeError says so where a module is of `pytorch_lightning`."""
+
+    def fit(self, model: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
+        refuse_the_other("TrainerConfig", model)
+        super().fit(model, *args, **kwargs)
+
+    def validate(self, model: pl.LightningModule | None = None, *args: Any, **kwargs: Any) -> Any:
+        refuse_the_other("TrainerConfig", model)
+        return super().validate(model, *args, **kwargs)
+
+    def test(self, model: pl.LightningModule | None = None, *args: Any, **kwargs: Any) -> Any:
+        refuse_the_other("TrainerConfig", model)
+        return super().test(model, *args, **kwargs)
+
+    def predict(self, model: pl.LightningModule | None = None, *args: Any, **kwargs: Any) -> Any:
+        refuse_the_other("TrainerConfig", model)
+        return super().predict(model, *args, **kwargs)
 
 
 class TrainerConfig(Settings):
@@ -86,4 +107,4 @@ class TrainerConfig(Settings):
         callbacks = [config.create_callback() for config in configs if config is not None]
         for more in (self.additional_trainer_kwargs.get("callbacks"), overrides.get("callbacks")):
             callbacks += more if isinstance(more, list) else [] if more is None else [more]
-        return pl.Trainer(**arguments | {"callbacks": callbacks})
+        return Trainer(**arguments | {"callbacks": callbacks})

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mhc_torch.nn.compatible import is_mhc_compatible
+from mhc_torch.projections import project_simplex
 
 # Parameters of skips that scale the mixed history as a whole.
 _NO_LOGITS = ("gate_logit", "gain")
@@ -39,26 +40,47 @@ def connections(model: nn.Module) -> Iterator[tuple[str, Connection]]:
     """The connections in ``model`` and their names, in order of registration.
 
     Beside the modules that are a `Connection`, these are the modules of a class that is marked by ``@mhc_compatible``
-    and has a method ``mixing_weights()``: the library's skips, and those of a user who wants them on the dashboard.
+    and has a method ``mixing_weights()``: the library's skips, and those of a user who wants them on the dashboard. Of
+    a class that has only ``logits``, a tensor (..., K), the weights are their softmax, a row for each vector.
     """
     for name, module in model.named_modules():
         if isinstance(module, Connection):
             yield name, module
-        elif is_mhc_compatible(module) and hasattr(module, "mixing_weights"):
+        elif is_mhc_compatible(module) and (hasattr(module, "mixing_weights") or _has_logits(module)):
             yield name, _Marked(module)
 
 
+def idle(model: nn.Module) -> list[str]:
+    """The names of the skips that no state reached in their last forward.
+
+    Skips of injected modules are not among them: the first of its width has no past state by design.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if is_mhc_compatible(module) and getattr(module, "live", None) == 0 and not hasattr(module, "history_buffer")
+    ]
+
+
+def _has_logits(module: nn.Module) -> bool:
+    logits = getattr(module, "logits", None)
+    return isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim > 0
+
+
 class _Marked:
-    """A skip as a connection: one row, the weights of its live states."""
+    """A skip as a connection: one row, the weights of its live states; of bare logits a row for each vector."""
 
     def __init__(self, skip: Any) -> None:
         self._skip = skip
 
     def weight_rows(self) -> dict[str, Tensor]:
-        return {"": whole(self._skip.mixing_weights())}
+        if hasattr(self._skip, "mixing_weights"):
+            return {"": whole(self._skip.mixing_weights())}
+        weights = project_simplex(whole(self._skip.logits))
+        return {"": weights} if weights.ndim == 1 else {str(i): row for i, row in enumerate(weights.flatten(0, -2))}
 
     def row_figures(self) -> dict[str, dict[str, float]]:
-        return {"": {"entropy": entropy(self.weight_rows()[""]).item()}}
+        return {row: {"entropy": entropy(weights).item()} for row, weights in self.weight_rows().items()}
 
     def gradient_groups(self) -> dict[str, Iterable[nn.Parameter]]:
         own = self._skip.named_parameters(recurse=False)

@@ -41,9 +41,10 @@ class MatrixMHCSkip(nn.Module):
         iterations: int | None = None,
         *,
         config: MatrixConfig | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
-        options = {"max_history": max_history, "doubly_stochastic": doubly_stochastic, "iterations": iterations}
+        options |= {"max_history": max_history, "doubly_stochastic": doubly_stochastic, "iterations": iterations}
         self.config = resolve(MATRIX_DEFAULTS, config, **options)
         self.live = self.max_history  # how many states the last forward mixed
         self.mixing_logits = nn.Parameter(torch.randn(self.max_history, self.max_history) * 0.01)
@@ -90,7 +91,7 @@ class MatrixMHCSkip(nn.Module):
 
         Raises:
             ValueError: shapes or devices of the states differ from those of x.
-            TypeError: their dtype differs outside of autocast; x is no tensor.
+            TypeError: their dtype is wider than that of x, outside of autocast; x is no tensor.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x, the output of the branch, must be a tensor, got {type(x).__name__}")

@@ -162,7 +162,8 @@ class MHCSkip(nn.Module):
 
         Raises:
             ValueError: shapes or devices of the states differ from those of x, and auto_project does not help.
-            TypeError: their dtype differs outside of autocast; x is no tensor; history is no list or tuple of tensors.
+            TypeError: their dtype is wider than that of x, outside of autocast; x is no tensor; history is no list or
+                tuple of tensors.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x, the output of the branch, must be a tensor, got {type(x).__name__}")

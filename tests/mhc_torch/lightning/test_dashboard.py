@@ -247,7 +247,8 @@ def test_injected_models_and_fast_dev_run():
 def test_a_model_without_history_trains_without_a_dashboard(tmp_path):
     model = Classifier()
     model.net = nn.Linear(WIDTH, WIDTH)
-    scalars, pictures = dashboard_of(tmp_path, model)
+    with pytest.warns(UserWarning, match="found no mixing layer in Classifier"):
+        scalars, pictures = dashboard_of(tmp_path, model)
     assert not [key for key in scalars if key.startswith("mhc/")]
     assert not pictures
 

@@ -1,0 +1,15 @@
+"""`lightning` and `pytorch_lightning`: two copies of one package, whose classes do not know each other."""
+
+
+def refuse_the_other(owner: str, given: object) -> None:
+    """`given`, with which `owner` is to work, must not be of `pytorch_lightning`.
+
+    Raises:
+        TypeError: it is; what Lightning itself says then names a class that seems to be right.
+    """
+    for kind in type(given).__mro__:
+        if kind.__module__.split(".")[0] == "pytorch_lightning":
+            raise TypeError(
+                f"{owner} is of lightning.pytorch, {type(given).__name__} is a {kind.__name__} of pytorch_lightning, "
+                f"which is another class: import {kind.__name__} from lightning.pytorch"
+            )
