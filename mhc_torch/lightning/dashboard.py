@@ -80,7 +80,7 @@ class MHCLightningCallback(Callback):
         self.prefix = prefix
         self.logging_backend = logging_backend
         if self.log_mixing_weights:
-            import mhc_torch.monitoring.dashboard  # noqa: F401  a missing matplotlib shows now, not hours into training
+            import mhc_torch.monitoring.heatmap  # noqa: F401  a missing matplotlib shows now, not hours into training
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
@@ -110,7 +110,7 @@ class MHCLightningCallback(Callback):
         for logger in loggers:
             logger.log_metrics(metrics, step=step)
         if self.log_mixing_weights:
-            from mhc_torch.monitoring.dashboard import mixing_picture
+            from mhc_torch.monitoring.heatmap import mixing_picture
 
             picture = mixing_picture(weights)
             for logger in loggers:

@@ -42,7 +42,8 @@ def connections(model: nn.Module) -> Iterator[tuple[str, Connection]]:
     and has a method ``mixing_weights()``: the library's skips, and those of a user who wants them on the dashboard.
     """
     for name, module in model.named_modules():
-        if isinstance(module, Connection):
+        # Of the class, which is remembered: of the instance, Python would ask for every method again, each time.
+        if issubclass(type(module), Connection):
             yield name, module
         elif is_mhc_compatible(module) and hasattr(module, "mixing_weights"):
             yield name, _Marked(module)
