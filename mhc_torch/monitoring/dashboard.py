@@ -56,9 +56,9 @@ def draw_mixing_weights(figure: Figure, weights: Mapping[str, Tensor], cmap: str
     """Draw mixing weights as a heatmap: depth downwards, history index to the right, oldest state first.
 
     Colours go from the smallest weight to the largest, on a logarithmic scale, or a linear one where there are negative
-    weights. A weight of exactly zero is black whatever the colour map: the projection has pruned that path. Early layers
-    have fewer states than the window is long; the cells they do not have are grey, so that the latest state is always
-    in the last column.
+    weights. A weight of exactly zero is black whatever the colour map: the projection has pruned that path. Early
+    layers have fewer states than the window is long; the cells they do not have are grey, so that the latest state is
+    always in the last column.
 
     Args:
         figure: an empty figure.
