@@ -161,10 +161,13 @@ class Projection:
         function: (logits (*batch, K), **options) -> weights (*batch, K), float32 or float64, differentiable; a logit
             of -inf, a state that does not exist, must get weight 0.
         options: the fields of `MHCConfig` that `function` takes as keywords; no others change what it computes.
+        mixed: logit of older states, at temperature 1, under init "mixed": most weight is on the latest state, whose
+            logit is 0, and every logit has a gradient.
     """
 
     function: Callable[..., Array]
     options: tuple[str, ...] = ("temperature",)
+    mixed: float = -2.0
 
     def __call__(self, logits: Float[Array, "*batch K"], config: Any) -> Float[Array, "*batch K"]:
         """The weights of `logits` under the options of `config`."""
@@ -174,6 +177,7 @@ class Projection:
 PROJECTIONS: dict[str, Projection] = {
     "simplex": Projection(project_simplex),
     "identity": Projection(project_identity_preserving, ("epsilon", "temperature")),
-    "sparse": Projection(project_sparse_simplex),
+    # From -1 downwards the older states are cut off, and get no gradient.
+    "sparse": Projection(project_sparse_simplex, mixed=-0.5),
 }
 """The manifolds that `MHCConfig.constraint` may name. One entry adds one."""

@@ -1,12 +1,18 @@
 """The options of history mixing, each kind in one hashable value."""
 
 import dataclasses
+from collections.abc import Callable
 
 from mhc_jax.options import check_choice, check_types
 from mhc_jax.projections import PROJECTIONS, Projection, check_temperature
 
 MODES = ("mhc", "hc", "residual")
-INITS = ("identity", "uniform")
+# The logit that older states start with, where that of the latest is 0.
+INITS: dict[str, Callable[["MHCConfig"], float]] = {
+    "identity": lambda config: -10.0,
+    "uniform": lambda config: 0.0,
+    "mixed": lambda config: config.projection.mixed * config.temperature,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +30,8 @@ class MHCConfig:
             or ``"sparse"`` (Euclidean projection on the simplex, with exact zeros).
         epsilon: Least weight of the latest state under ``"identity"``, in [0, 1).
         temperature: Positive, a normal number of float32; the logits are divided by it.
-        init: ``"identity"`` starts as a residual connection (logits -10, latest 0), ``"uniform"`` as a mean (zeros).
+        init: ``"identity"`` starts as a residual connection (logits -10, latest 0), ``"uniform"`` as a mean (zeros),
+            ``"mixed"`` with most weight on the latest state (0.71 of four) and a gradient for every logit.
         detach_history: Whether gradients stop at the mixed states, and flow through the branches only.
         auto_project: Whether a module may project states of another shape to the branch's shape.
         use_gating: Whether a layer scales its mixture by ``sigmoid(gate_logit)``.

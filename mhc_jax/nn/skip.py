@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mhc_jax.history import History, mix, mixing_weights
-from mhc_jax.history.config import DEFAULTS, MHCConfig
+from mhc_jax.history.config import DEFAULTS, INITS, MHCConfig
 from mhc_jax.monitoring.connection import Shown, show_history
 from mhc_jax.monitoring.figures import history_figures
 from mhc_jax.options import check_change, resolve, settable
@@ -21,8 +21,8 @@ GATE_INIT = 2.0
 
 
 def initial_logits(config: MHCConfig, *layers: int) -> Float[Array, "*layers H"]:
-    """Mixing logits at the start: zeros, or -10 except 0 on the latest state."""
-    logits = jnp.full((*layers, config.max_history), -10.0 if config.init == "identity" else 0.0)
+    """Mixing logits at the start (`INITS`), 0 for the latest state."""
+    logits = jnp.full((*layers, config.max_history), INITS[config.init](config))
     return logits.at[..., -1].set(0.0)
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import tomllib
+from collections.abc import Callable
 from typing import Any
 
 from mhc_torch.options import check_choice, check_types, refuse_unknown, resolve
 from mhc_torch.projections import PROJECTIONS, Projection, check_temperature
 
 MODES = ("mhc", "hc", "residual")
-INITS = ("identity", "uniform")
+# The logit that older states start with, where that of the latest is 0.
+INITS: dict[str, Callable[["MHCConfig"], float]] = {
+    "identity": lambda config: -10.0,
+    "uniform": lambda config: 0.0,
+    "mixed": lambda config: config.projection.mixed * config.temperature,
+}
 SCOPES = ("global", "module")
 
 
@@ -26,8 +32,9 @@ class MHCConfig:
         constraint: manifold of the weights in mode "mhc", a name in `PROJECTIONS`: "simplex", "identity" or "sparse".
         epsilon: least weight of the latest state under "identity", in [0, 1).
         temperature: divides the logits; positive.
-        init: "identity" starts with (almost) all weight on the latest state, "uniform" with equal weights. The sparse
-            projection has no gradient at a vertex of the simplex: train it from "uniform".
+        init: "identity" starts with (almost) all weight on the latest state, as a residual network: the logits then
+            have next to no gradient, and none under "sparse". "mixed" has most weight on the latest state (0.71 of
+            four) and a gradient for every logit. "uniform" has equal weights.
         detach_history: mix the states without gradient through them. The layers then have no gradient highway.
         clear_history_each_forward: containers begin every forward with an empty history.
         auto_project: map past states of another width to the width of the present one by a learned linear map.

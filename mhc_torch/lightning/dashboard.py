@@ -106,7 +106,7 @@ class MHCLightningCallback(Callback):
         self.logging_backend = logging_backend
         self._looked = False
         if self.log_mixing_weights:
-            import mhc_torch.monitoring.dashboard  # noqa: F401  a missing matplotlib shows now, not hours into training
+            import mhc_torch.monitoring.heatmap  # noqa: F401  a missing matplotlib shows now, not hours into training
 
     def on_train_batch_start(self, trainer: _Trainer, pl_module: nn.Module, *args: Any, **kwargs: Any) -> None:
         reset_history(pl_module)
@@ -147,7 +147,7 @@ class MHCLightningCallback(Callback):
         for logger in loggers:
             logger.log_metrics(metrics, step=step)
         if self.log_mixing_weights and any(len(alpha) for alpha in weights.values()):
-            from mhc_torch.monitoring.dashboard import mixing_picture
+            from mhc_torch.monitoring.heatmap import mixing_picture
 
             picture = mixing_picture(weights)
             for logger in loggers:

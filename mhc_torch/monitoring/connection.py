@@ -44,7 +44,8 @@ def connections(model: nn.Module) -> Iterator[tuple[str, Connection]]:
     a class that has only ``logits``, a tensor (..., K), the weights are their softmax, a row for each vector.
     """
     for name, module in model.named_modules():
-        if isinstance(module, Connection):
+        # Of the class, which is remembered: of the instance, Python would ask for every method again, each time.
+        if issubclass(type(module), Connection):
             yield name, module
         elif is_mhc_compatible(module) and (hasattr(module, "mixing_weights") or _has_logits(module)):
             yield name, _Marked(module)

@@ -16,21 +16,18 @@ import torch
 from torch import Tensor, nn
 
 try:
-    import matplotlib as mpl
     import matplotlib.pyplot as plt
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
-    from PIL import Image
 except ImportError as error:
     raise ImportError("plots need matplotlib: pip install 'mhc-jax[viz]'") from error
 
-from mhc_torch.monitoring.connection import connections
-from mhc_torch.monitoring.diagnostics import extract_mixing_weights, history_columns, without_compile_prefix
+from mhc_torch.monitoring.connection import Container, connections
+from mhc_torch.monitoring.diagnostics import extract_mixing_weights, without_compile_prefix
+from mhc_torch.monitoring.heatmap import LEGEND, PRUNED, colour_scale, colours, heat_cells, scale_ticks
 from mhc_torch.monitoring.probe import dummy_input, probe
-
-_NOT_LIVE = "0.85"
 
 
 def plot_mixing_weights(
@@ -51,16 +48,17 @@ def plot_mixing_weights(
 
 
 def heatmap_size(layers: int) -> tuple[float, float]:
-    """Width and height in inches at which the heatmap of that many layers is readable."""
-    return 8.0, min(max(3.0, 1.5 + 0.2 * layers), 40.0)
+    """Width and height in inches of the heatmap of that many layers: saved, no higher than a screen of 1080 pixels."""
+    return 8.0, min(max(3.0, 1.5 + 0.2 * layers), 7.2)
 
 
 def draw_mixing_weights(figure: Figure, weights: Mapping[str, Tensor], cmap: str = "viridis") -> None:
     """Draw mixing weights as a heatmap: depth downwards, history index to the right, oldest state first.
 
-    A weight of exactly zero is black whatever the colour map: the projection has pruned that path. Early layers have
-    fewer states than the window is long; the cells they do not have are grey, so that the latest state is always in
-    the last column.
+    Colours go from the smallest weight to the largest, on a logarithmic scale, or a linear one where there are negative
+    weights. A weight of exactly zero is black whatever the colour map: the projection has pruned that path. Early
+    layers have fewer states than the window is long; the cells they do not have are grey, so that the latest state is
+    always in the last column.
 
     Args:
         figure: an empty figure.
@@ -69,38 +67,20 @@ def draw_mixing_weights(figure: Figure, weights: Mapping[str, Tensor], cmap: str
     Raises:
         ValueError: ``weights`` is empty.
     """
-    if not weights:
-        raise ValueError("weights: no history layer to draw; the model holds no MHCSkip or MatrixMHCSkip that mixes")
-    columns = history_columns(weights)
-    window = max(places.stop for places in columns.values())
-    cells = np.full((len(weights), window), np.nan)
-    for row, (name, alpha) in zip(cells, weights.items(), strict=True):
-        row[columns[name]] = alpha.detach().cpu().double().numpy()
-
-    colours = mpl.colormaps[cmap].with_extremes(bad=_NOT_LIVE, under="black")
+    cells = heat_cells(weights)
+    norm, window = colour_scale(cells), cells.shape[1]
     axes = figure.add_subplot()
-    # H_post goes to 2, and unconstrained streams have negative weights.
-    least, most = np.nanmin(cells), max(1.0, np.nanmax(cells))
-    low = np.finfo(float).tiny if least >= 0 else least
-    image = axes.imshow(cells, aspect="auto", interpolation="nearest", cmap=colours, vmin=low, vmax=most)
-    figure.colorbar(image, ax=axes, label="mixing weight α", extend="min")
+    placed: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
+    image = axes.imshow(cells, cmap=colours(cmap), norm=norm, **placed)
+    axes.imshow(np.where(cells == 0, 0, np.nan), cmap=ListedColormap([PRUNED]), **placed)
+    bar = figure.colorbar(image, ax=axes, label="mixing weight α", ticks=scale_ticks(norm), format="%.2g")
+    bar.minorticks_off()
     meaning = f"history index (0 oldest, {window - 1} latest), or stream"
     axes.set(title="Mixing weights", xlabel=meaning, ylabel="layer depth")
     axes.set_xticks(range(window))
-    _label_layers(axes.set_yticks, list(weights), most=100)
-    legend = [Patch(facecolor="black", label="0 (pruned)")]
-    if np.isnan(cells).any():
-        legend.append(Patch(facecolor=_NOT_LIVE, label="no such state yet"))
+    _label_layers(axes.set_yticks, list(weights), most=50)
+    legend = [Patch(facecolor=colour, label=meaning) for meaning, colour in LEGEND.items()]
     figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-
-
-def mixing_picture(weights: Mapping[str, Tensor]) -> Image.Image:
-    """The heatmap of :func:`draw_mixing_weights` as an RGB image; needs no display and leaves nothing in pyplot."""
-    figure = Figure(figsize=heatmap_size(len(weights)), layout="constrained")
-    draw_mixing_weights(figure, weights)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def plot_gradient_flow(
@@ -111,8 +91,10 @@ def plot_gradient_flow(
     save_path: str | os.PathLike[str] | None = None,
     figsize: tuple[float, float] = (10, 6),
 ) -> Figure:
-    """Gradient norm and variance of each layer, in order of depth: a flat line is a healthy network.
+    """Gradient norm and variance of each block, in order of depth: a flat line is a healthy network.
 
+    A block has one point, whatever it is made of: the elements of a ``ModuleList`` or ``Sequential`` that has two of
+    one class with modules inside, and the branches of connections. Elsewhere each module with parameters has its own.
     Mixing logits are left out: their gradients live on another scale (the Lightning callback logs them).
 
     With ``input_data`` the gradients are those of ``loss_fn(model(input_data), target)``, or of the mean of the output
@@ -137,10 +119,12 @@ def plot_gradient_flow(
         loss = output.mean() if loss_fn is None else loss_fn(output, target)
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
 
+    blocks = _blocks(model)
     by_layer: dict[str, list[Tensor]] = {}
     for name, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
-            by_layer.setdefault(name.rpartition(".")[0] or name, []).append(gradient.detach().flatten().double())
+            block = next((block for block in blocks if name.startswith(f"{block}.")), name.rpartition(".")[0] or name)
+            by_layer.setdefault(block, []).append(gradient.detach().flatten().double())
     if not by_layer:
         raise ValueError("model: none of its layers got a gradient")
     values = [torch.cat(parts) for parts in by_layer.values()]
@@ -158,7 +142,7 @@ def plot_gradient_flow(
         axes.grid(alpha=0.3)
     top.set_title("Gradient flow")
     _label_layers(bottom.set_xticks, list(by_layer), most=50, rotation=90)
-    bottom.set_xlabel("layer")
+    bottom.set_xlabel("block")
     return _saved(figure, save_path)
 
 
@@ -168,6 +152,23 @@ def _layer_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in mixing:
             yield without_compile_prefix(name), parameter
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """Names of the outermost blocks: see `plot_gradient_flow`."""
+    rows: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Sequential | nn.ModuleList) or any(f"{name}.".startswith(row) for row in rows):
+            continue
+        built = [type(child) for child in module if any(True for _ in child.children())]
+        holder = model.get_submodule(name.rpartition(".")[0])
+        if len(set(built)) < len(built) or issubclass(type(holder), Container):
+            rows.append(f"{name}." if name else "")
+    return [
+        without_compile_prefix(f"{row}{child}")
+        for row in rows
+        for child, _ in model.get_submodule(row.rstrip(".")).named_children()
+    ]
 
 
 def plot_history_contribution(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -77,7 +78,10 @@ def composite_gains(model: nn.Module) -> dict[str, float]:
     """
     gains = {}
     for name, module in model.named_modules():
-        if not isinstance(module, Container) or not len(maps := module.residual_maps().cpu()):
+        if not issubclass(type(module), Container):
+            continue
+        container: Any = module
+        if not len(maps := container.residual_maps().cpu()):
             continue
         product = torch.eye(maps.shape[-1], dtype=torch.float64)
         for step in maps:

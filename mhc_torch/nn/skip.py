@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor, nn
 
-from mhc_torch.history.config import MHCConfig, resolve_config
+from mhc_torch.history.config import INITS, MHCConfig, resolve_config
 from mhc_torch.history.mixing import check_window, mix
 from mhc_torch.history.tape import Tape
 from mhc_torch.history.width_map import WidthMap
@@ -98,9 +98,9 @@ class MHCSkip(nn.Module):
     stochastic = settable("stochastic")
 
     def reset_parameters(self) -> None:
-        """Set the logits to their initial values: -10 but 0 for the latest state ("identity"), or all 0 ("uniform")."""
+        """Set the logits to what they start as (`INITS`), 0 for the latest state, and the gate logit to 2."""
         with torch.no_grad():
-            self.mixing_logits.fill_(-10.0 if self.config.init == "identity" else 0.0)
+            self.mixing_logits.fill_(INITS[self.config.init](self.config))
             self.mixing_logits[-1] = 0.0
             if self.use_gating:
                 self.gate_logit.fill_(2.0)

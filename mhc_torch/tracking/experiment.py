@@ -81,7 +81,7 @@ class Experiment:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from mhc_torch.monitoring.dashboard import mixing_picture
+        from mhc_torch.monitoring.heatmap import mixing_picture
 
         tensors = {layer: torch.tensor([float(value) for value in alpha]) for layer, alpha in weights.items()}
         self.log_picture(key, mixing_picture(tensors), operator.index(step))

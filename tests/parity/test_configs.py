@@ -28,7 +28,19 @@ TORCH_ALONE = {"clear_history_each_forward", "history_scope"}
 
 VALUES = [None, True, False, "", "no", -1, 0, 1, 2, 3, 4, 16, 17, 0.0, -0.1, 0.5, 1.0, 1.5, 2.0, 1e-46, 1e40]
 VALUES += [float("nan"), float("inf"), -float("inf"), (), [1], {}, 1j, b"mhc"]
-VALUES += ["mhc", "hc", "residual", "simplex", "identity", "sparse", "uniform", "sinkhorn", "permutations", "kronecker"]
+VALUES += [
+    "mhc",
+    "hc",
+    "residual",
+    "simplex",
+    "identity",
+    "sparse",
+    "uniform",
+    "mixed",
+    "sinkhorn",
+    "permutations",
+    "kronecker",
+]
 VALUES += ["none", "global", "Simplex"]
 
 

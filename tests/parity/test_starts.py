@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 from torch import nn
 
@@ -20,15 +21,31 @@ def same(ours, theirs, expected=None):
 
 
 def logits(init, size):
-    return [-10.0 if init == "identity" else 0.0] * (size - 1) + [0.0]
+    return [{"identity": -10.0, "uniform": 0.0, "mixed": -2.0}[init]] * (size - 1) + [0.0]
 
 
-@pytest.mark.parametrize(("init", "size"), [*itertools.product(("identity", "uniform"), (1, 4))])
+@pytest.mark.parametrize(("init", "size"), [*itertools.product(("identity", "uniform", "mixed"), (1, 4))])
 def test_skip(init, size):
     options = {"max_history": size, "init": init, "use_gating": True}
     ours, theirs = jax_nn.MHCSkip(**options), torch_nn.MHCSkip(**options)
     same(ours.mixing_logits, theirs.mixing_logits, logits(init, size))
     same(ours.gate_logit, theirs.gate_logit, 2.0)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 3.0])
+@pytest.mark.parametrize(
+    ("mode", "constraint"), [("mhc", "simplex"), ("mhc", "identity"), ("mhc", "sparse"), ("hc", "sparse")]
+)
+@pytest.mark.parametrize("live", [2, 4])
+def test_mixed_start_is_near_the_residual_one_and_every_logit_has_a_gradient(temperature, mode, constraint, live):
+    options = {"init": "mixed", "temperature": temperature, "mode": mode, "constraint": constraint}
+    ours, theirs = jax_nn.MHCSkip(**options), torch_nn.MHCSkip(**options)
+    same(ours.mixing_logits, theirs.mixing_logits)
+    weights = theirs.mixing_weights(live)
+    assert 0.6 < weights[-1] < 0.9
+    for weight in weights:
+        (gradient,) = torch.autograd.grad(weight, theirs.mixing_logits, retain_graph=True)
+        assert abs(gradient[-live:]).min() * temperature > 5e-3
 
 
 def test_stacks():

@@ -10,13 +10,17 @@ from PIL import Image
 from torch import nn
 
 from mhc_torch import (
+    HyperConnections,
     MHCSequential,
+    StreamStack,
     create_training_dashboard,
+    inject_mhc,
     plot_gradient_flow,
     plot_history_contribution,
     plot_mixing_weights,
 )
-from mhc_torch.monitoring.dashboard import mixing_picture
+from mhc_torch.monitoring.dashboard import draw_mixing_weights, heatmap_size
+from mhc_torch.monitoring.heatmap import mixing_picture
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +104,64 @@ def test_a_model_without_history_cannot_be_drawn():
         plot_mixing_weights(nn.Linear(2, 2))
 
 
+def test_weights_of_every_size_have_their_own_colour_and_zero_has_none_of_them():
+    # Under the scale from 0 to 1, 1e-5 and 0.1 looked alike, and under "magma" as if they were pruned.
+    for cmap in ("viridis", "magma", "gray", "gray_r"):
+        figure = plt.figure()
+        draw_mixing_weights(figure, {"a": torch.tensor([0.0, 1e-5, 1e-3, 0.1, 0.9])}, cmap)
+        found = cells(figure)[0].astype(int)
+        assert found[0].tolist() == [0, 0, 0]
+        assert found[1:].sum(-1).min() > 100
+        assert min(abs(one - other).max() for one, other in itertools.combinations(found, 2)) > 20, cmap
+
+
+def test_the_scale_adapts_to_weights_that_are_nearly_equal():
+    figure = plt.figure()
+    draw_mixing_weights(figure, {"a": torch.tensor([0.30, 0.35, 0.35]), "b": torch.tensor([0.2, 0.3, 0.5])})
+    found = cells(figure).astype(int)
+    assert abs(found[0, 0] - found[0, 1]).max() > 10
+    assert abs(found[1, 0] - found[1, 2]).max() > 100
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.0], [0.25] * 4, [float("nan"), 1.0], [1e-30, 1.0], [-0.5, 0.0, 2.0]])
+def test_any_weights_can_be_drawn(weights):
+    rows = {"a": torch.tensor(weights)}
+    draw_mixing_weights(figure := plt.figure(), rows)
+    figure.canvas.draw()
+    assert mixing_picture(rows).size[1] < 300
+
+
+def test_a_picture_for_a_logger_shows_the_cells_of_the_plot():
+    weights = {"a": torch.tensor([0.5]), "b": torch.tensor([0.0, 1.0]), "c": torch.tensor([0.1, 0.2, 0.7])}
+    draw_mixing_weights(figure := plt.figure(), weights)
+    picture = np.asarray(mixing_picture(weights))
+    shown = {tuple(colour) for colour in cells(figure).reshape(-1, 3)}
+    found = {tuple(colour): int((picture == colour).all(-1).sum()) for colour in shown}
+    assert min(found.values()) > 1000, found
+
+
+@pytest.mark.parametrize("layers", [1, 50, 150, 1000])
+def test_no_heatmap_is_higher_than_a_screen(layers):
+    weights = {f"net.skip_layers.{i}": torch.full((4,), 0.25) for i in range(layers)}
+    assert mixing_picture(weights).size[1] <= 1080
+    assert heatmap_size(layers)[1] * 150 <= 1080
+
+
+def test_labels_of_150_layers_do_not_overlap():
+    figure = plot_mixing_weights(stack(150))
+    figure.canvas.draw()
+    labels = figure.axes[0].get_yticklabels()
+    assert len(labels) == 50
+    assert all(
+        above.y0 >= below.y1 for above, below in itertools.pairwise([text.get_window_extent() for text in labels])
+    )
+
+
+def test_an_unknown_colour_map_is_refused():
+    with pytest.raises(ValueError, match=r"cmap must be the name of a colour map.*'viridi'"):
+        plot_mixing_weights(stack(), cmap="viridi")
+
+
 def flow(figure):
     """(layer names, norms, variances) of a gradient flow picture."""
     top, bottom = figure.axes
@@ -116,6 +178,43 @@ def test_gradient_flow_of_a_loss():
         gradient = np.concatenate([p.grad.numpy().ravel() for p in layer.parameters()]).astype(np.float64)
         assert norms[i] == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
         assert variances[i] == pytest.approx(gradient.var(), rel=1e-5)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(5), nn.Sequential(nn.Linear(5, 9), nn.GELU(), nn.Linear(9, 5))
+
+    def forward(self, x):
+        return x + self.mlp(self.norm(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (lambda: MHCSequential([Block() for _ in range(3)]), [f"wrapped_modules.{i}" for i in range(3)]),
+        (lambda: MHCSequential([Block(), nn.Linear(5, 5)]), ["wrapped_modules.0", "wrapped_modules.1"]),
+        (lambda: nn.Sequential(nn.Linear(5, 5), nn.Sequential(Block(), Block())), ["0", "1.0", "1.1"]),
+        (lambda: nn.Sequential(Block(), Block()), ["0", "1"]),
+        (lambda: nn.Sequential(nn.Linear(5, 5), MHCSequential([Block()])), ["0", "1.wrapped_modules.0"]),
+        (lambda: inject_mhc(nn.Sequential(Block(), Block()), Block), ["0", "1"]),
+        (lambda: StreamStack([HyperConnections(Block(), 5) for _ in range(2)]), ["layers.0", "layers.1"]),
+    ],
+)
+def test_gradient_flow_has_one_point_for_each_block(model, names):
+    torch.manual_seed(0)
+    model = model()
+    found, norms, _ = flow(plot_gradient_flow(model, torch.randn(3, 5)))
+    assert found == names
+    assert len(norms) == len(names)
+
+
+def test_the_point_of_a_block_is_the_norm_of_all_its_gradients():
+    model = MHCSequential([Block() for _ in range(2)])
+    for i, block in enumerate(model.wrapped_modules):
+        block.norm.bias.grad = torch.full((5,), 3.0 + i)
+        block.mlp[0].bias.grad = torch.full((9,), 1.0)
+    assert flow(plot_gradient_flow(model))[1] == pytest.approx([(45 + 9) ** 0.5, (80 + 9) ** 0.5])
 
 
 def test_gradient_flow_uses_gradients_that_are_there():
