@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from mhc_jax.history.config import DEFAULTS, MHCConfig
 from mhc_jax.history.window import State
-from mhc_jax.kernels.choice import Implementation, check_implementation
+from mhc_jax.kernels.choice import Implementation, check_implementation, chosen
 from mhc_jax.kernels.history_mix import mix as kernel_mix
 from mhc_jax.projections import computed_in
 
@@ -83,8 +83,8 @@ def mix(
         states: K states like ``x``: a sequence, or one pytree whose leaves have a leading axis of length K
             (``History.window``).
         weights: One weight for each state.
-        implementation: ``"pallas"`` for the kernels of ``mhc_jax.kernels``. None leaves the choice to the library,
-            which is ``"xla"`` everywhere: that fuses the sum with what made ``x``, as no kernel of its own can.
+        implementation: ``"pallas"`` for the kernels of ``mhc_jax.kernels``, ``"xla"`` for what XLA fuses with what
+            made ``x``, None for the choice of ``mhc_jax.kernels.choice``.
 
     Returns:
         A state with the dtypes of ``x``; sums are taken in float32 at least.
@@ -101,8 +101,14 @@ def mix(
     if given != expected:
         raise ValueError(f"states must be {weights.size} states like x, with shapes {expected}, got {given}")
     check_implementation(implementation)
-    if implementation == "pallas":
-        return jax.tree.map(lambda leaf, rows: kernel_mix(leaf, rows, weights), x, states)
+    return chosen("mix", implementation, _by_kernel, _by_xla)(x, states, weights)
+
+
+def _by_kernel(x: State, states: State, weights: Array) -> State:
+    return jax.tree.map(lambda leaf, rows: kernel_mix(leaf, rows, weights), x, states)
+
+
+def _by_xla(x: State, states: State, weights: Array) -> State:
     rows = [jax.tree.map(lambda leaf, k=k: leaf[k], states) for k in range(weights.size)]
     return weighted_sum(x, rows, weights)
 

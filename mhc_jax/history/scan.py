@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 from mhc_jax.history.config import DEFAULTS, MHCConfig
 from mhc_jax.history.mixing import floating, mixing_weights, weighted_sum
 from mhc_jax.history.window import State
+from mhc_jax.kernels.choice import Implementation, check_implementation
 from mhc_jax.monitoring.nonfinite import expect_finite
 from mhc_jax.traced import Shared, Traced, trace
 
@@ -66,6 +67,7 @@ def apply_layers(
     keys: Keys = None,
     mixing_key: Key[Array, ""] | None = None,
     policy: Callable[..., bool] | None = None,
+    implementation: Implementation = None,
 ) -> State:
     """L equal layers with history mixing, ``x_{l+1} = branch(params[l], x_l) + sum_k weights[l, k] * x_k``.
 
@@ -85,18 +87,21 @@ def apply_layers(
         mixing_key: Draws the noise of ``config.stochastic``; leave it out for evaluation.
         policy: What of a branch to keep for the backward pass (``jax.checkpoint_policies``); the default keeps
             everything that its derivative needs. ``nothing_saveable`` keeps states alone, and runs branches twice.
+        implementation: ``"xla"`` or None; there is no kernel of a stack.
 
     Returns:
         ``x_L``, shaped like ``x``.
 
     Raises:
         ValueError: If an argument's shape does not fit; the message names the argument, and the leaf of ``params``.
+            For ``implementation="pallas"``.
         FloatingPointError: Under ``mhc_jax.monitoring.nonfinite.report_nonfinite``, if x, logits or a branch's output
             are not finite.
         TypeError: If ``x`` holds anything but floating-point arrays, and for forward-mode derivatives (``jvp``,
             ``jacfwd``), for which there is ``apply_layers_reference``. Second derivatives work: reverse over reverse,
             and forward over reverse (``jax.hessian`` is ``jacfwd(jacrev(...))``).
     """
+    check_layers_implementation(implementation)
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         # Layer by layer, as one who debugs wants it; a scan would have to stack derivatives that JAX holds to differ.
         options: Any = {"gate_logits": gate_logits, "keys": keys, "mixing_key": mixing_key, "policy": policy}
@@ -116,6 +121,16 @@ def apply_layers(
             "apply_layers has its own reverse-mode derivative and no forward-mode one; "
             "use apply_layers_reference, which computes the same, for jvp, jacfwd and linearize"
         ) from error
+
+
+def check_layers_implementation(implementation: Implementation) -> None:
+    """Raises a ValueError for what is no implementation of ``apply_layers``."""
+    check_implementation(implementation)
+    if implementation == "pallas":
+        raise ValueError(
+            "implementation='pallas': apply_layers has no kernel, since XLA makes one pass of a branch's end and the "
+            "sum over its window; use None or 'xla'"
+        )
 
 
 def _stack_weights(

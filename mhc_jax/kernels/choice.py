@@ -1,14 +1,35 @@
-"""One operation in two forms, a kernel and plain JAX operations, either of which has derivatives of any order."""
+"""Which form of an operation runs, a kernel or plain JAX operations. Either has derivatives of any order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
 import jax
+from jax import lax
 from jaxtyping import Array
 
 Implementation = Literal["xla", "pallas"] | None
 Options = tuple[tuple[str, Any], ...]
+
+# What `None` means, by operation and platform ("cpu", "tpu", "cuda", "rocm"); what is not here is XLA's. XLA's forms
+# run on any mesh, and a program that is split over several TPUs does not compile with a kernel in it ("Mosaic kernels
+# cannot be automatically partitioned"). How many there will be is not known when a choice is made, so a kernel has to
+# be asked for, even where it moves less.
+#
+# What the lab says, XLA over kernel (compiled for, bfloat16, 4096 tokens, n = 4, C = 2048):
+#
+#               MB that cross the memory                                 estimated time, us
+#     mix       the same, but XLA makes one pass of it and the branch
+#     write     v5e 151 over 151, H100 151 over 152                      v5e 185 over 245, H100 45 over 45
+#     read      v5e 151 over 151, H100 251 over 160                      v5e 193 over 682, H100 75 over 48
+#     boundary  v5p 9405 over 5121 (4 layers, forward and backward); there is no kernel of it for a GPU
+CHOICES: Mapping[str, Mapping[str, Literal["xla", "pallas"]]] = {
+    "mix": {},
+    "sinkhorn": {},
+    "stream_boundary": {},
+    "stream_read": {},
+    "stream_write": {},
+}
 
 
 def check_implementation(implementation: Implementation) -> None:
@@ -17,18 +38,38 @@ def check_implementation(implementation: Implementation) -> None:
         raise ValueError(f"implementation must be 'xla', 'pallas' or None, got {implementation!r}")
 
 
-def implemented(implementation: Implementation, kernel: Callable[..., Any], xla: Callable[..., Any]) -> Any:
-    """The form that is asked for, of two functions `(*arrays, **options)` that compute the same.
+def chosen(
+    operation: str, implementation: Implementation, kernel: Callable[..., Any], xla: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The form that is asked for; of None that of `CHOICES`, for the platform that the program is compiled for.
 
-    JAX cannot differentiate a kernel. What is not given a rule of its own (second derivatives, then) is differentiated
-    as `xla`.
+    Args:
+        operation: a name in `CHOICES`.
+        kernel, xla: functions of the same arrays that compute the same.
+    """
+    if implementation is not None:
+        return kernel if implementation == "pallas" else xla
+    kernels = {platform: kernel for platform, form in CHOICES[operation].items() if form == "pallas"}
+    return partial(lax.platform_dependent, default=xla, **kernels) if kernels else xla
+
+
+def implemented(
+    operation: str, implementation: Implementation, kernel: Callable[..., Any], xla: Callable[..., Any]
+) -> Any:
+    """`chosen` of two functions `(*arrays, **options)`, of which JAX cannot differentiate the kernel.
+
+    What is not given a rule of its own (second derivatives, then) is differentiated as `xla`.
     """
 
     def call(*arrays: Array, **options: Any) -> Any:
-        # No numbers are no block to work on.
-        if implementation == "pallas" and all(array.size for array in arrays):
+        plain = partial(xla, **options)
+
+        def by_kernel(*arrays: Array) -> Any:
             return _kernel(kernel, xla, tuple(sorted(options.items())), arrays)
-        return xla(*arrays, **options)
+
+        # No numbers are no block to work on.
+        some = all(array.size for array in arrays)
+        return chosen(operation, implementation if some else "xla", by_kernel, plain)(*arrays)
 
     return call
 

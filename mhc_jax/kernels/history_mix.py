@@ -33,12 +33,12 @@ def mix(x: Float[Array, "*S"], states: Float[Array, "K *S"], weights: Float[Arra
 
 
 def _mix_fwd(x: Array, states: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
-    forward = implemented("pallas", _forward_kernel, _forward_by_xla)
+    forward = implemented("mix", "pallas", _forward_kernel, _forward_by_xla)
     return forward(x, states, weights), (states, weights)
 
 
 def _mix_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
-    backward = implemented("pallas", _backward_kernel, _backward_by_xla)
+    backward = implemented("mix", "pallas", _backward_kernel, _backward_by_xla)
     d_states, d_weights = backward(g, *residuals)
     return g, d_states, d_weights
 

@@ -30,12 +30,12 @@ def sinkhorn(logits: Float[Array, "*batch n n"], iterations: int, epsilon: float
 
 
 def _sinkhorn_fwd(logits: Array, iterations: int, epsilon: float) -> tuple[Array, Array]:
-    forward = implemented("pallas", _forward_kernel, xla.forward)
+    forward = implemented("sinkhorn", "pallas", _forward_kernel, xla.forward)
     return forward(logits, iterations=iterations, epsilon=epsilon), logits
 
 
 def _sinkhorn_bwd(iterations: int, epsilon: float, logits: Array, cotangent: Array) -> tuple[Array]:
-    backward = implemented("pallas", _backward_kernel, xla.backward)
+    backward = implemented("sinkhorn", "pallas", _backward_kernel, xla.backward)
     return (backward(logits, cotangent, iterations=iterations, epsilon=epsilon),)
 
 

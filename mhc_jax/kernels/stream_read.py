@@ -95,18 +95,20 @@ def _project(streams: Array, phi: Array, *, block: Products, options: dict[str, 
     span = common(streams.shape[2], features, features * block.steps)
 
     def kernel(streams_ref: Any, phi_ref: Any, part_ref: Any) -> None:
-        def step(k: Array, sums: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
-            at = pl.ds(pl.multiple_of(k * features, features), features)
-            raw, squares = sums
-            for j in range(n):
+        sums = jnp.zeros((block.tokens, height), phi.dtype), [jnp.zeros((block.tokens, 1), phi.dtype)] * 3
+        # A loop for each stream: a GPU keeps in shared memory what a turn of a loop reads.
+        for j in range(n):
+
+            def step(k: Array, sums: tuple[Array, list[Array]], j: int = j) -> tuple[Array, list[Array]]:
+                at = pl.ds(pl.multiple_of(k * features, features), features)
+                raw, squares = sums
                 x = streams_ref[:, j, at].astype(phi.dtype)
-                raw += _product(x, phi_ref[j, :, at], (1, 1))
                 scaled = [x * scale for scale in norm.scales(phi.dtype)]
                 squares = [s + jnp.sum(y * y, axis=1, keepdims=True) for s, y in zip(squares, scaled, strict=True)]
-            return raw, squares
+                return raw + _product(x, phi_ref[j, :, at], (1, 1)), squares
 
-        start = jnp.zeros((block.tokens, height), phi.dtype), [jnp.zeros((block.tokens, 1), phi.dtype)] * 3
-        raw, squares = lax.fori_loop(0, span // features, step, start)
+            sums = lax.fori_loop(0, span // features, step, sums)
+        raw, squares = sums
         column = lax.broadcasted_iota(jnp.int32, raw.shape, 1)
         for i, total in enumerate(squares):
             raw = jnp.where(column == m + i, total, raw)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from mhc_jax.history.config import DEFAULTS as HISTORY_DEFAULTS
 from mhc_jax.history.config import MHCConfig
+from mhc_jax.kernels.choice import Implementation
 from mhc_jax.nn.hyper_connections import HyperConnections, StreamStack
 from mhc_jax.nn.stack import MHCStack
 from mhc_jax.options import resolve
@@ -106,6 +107,7 @@ class StreamTransformerLayer(nnx.Module):
         features, num_heads, dtype, rngs: as `CausalSelfAttention`.
         config: of the hyper-connections.
         index: number of the layer, from 0.
+        implementation: as `HyperConnections`.
     """
 
     def __init__(
@@ -116,12 +118,14 @@ class StreamTransformerLayer(nnx.Module):
         index: int | Array,
         *,
         dtype: Any = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
     ) -> None:
+        common: dict[str, Any] = {"config": config, "implementation": implementation}
         attention = AttentionBranch(features, num_heads, dtype=dtype, rngs=rngs)
         mlp = MLPBranch(features, dtype=dtype, rngs=rngs)
-        self.attention = HyperConnections(attention, features, config=config, layer_index=2 * index)
-        self.mlp = HyperConnections(mlp, features, config=config, layer_index=2 * index + 1)
+        self.attention = HyperConnections(attention, features, layer_index=2 * index, **common)
+        self.mlp = HyperConnections(mlp, features, layer_index=2 * index + 1, **common)
 
     def __call__(self, streams: Float[Array, "B T n C"]) -> Float[Array, "B T n C"]:
         return self.mlp(self.attention(streams))
@@ -145,6 +149,7 @@ class MHCTransformer(nnx.Module):
         dtype: of the computation and the states; None is that of the parameters, which are float32 as the logits are.
         config: all options of the connection in one value, an `MHCConfig` ("history") or `StreamConfig` ("streams");
             keywords, its fields, change single ones.
+        implementation: as of `MHCStack` ("history", "residual") or `HyperConnections` ("streams").
         rngs: for the parameters, and for the noise of `stochastic`.
 
     Attributes:
@@ -175,6 +180,7 @@ class MHCTransformer(nnx.Module):
         connection: Connection = "history",
         dtype: Any = None,
         config: MHCConfig | StreamConfig | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
@@ -188,16 +194,19 @@ class MHCTransformer(nnx.Module):
             return TransformerLayer(features, num_heads, dtype=dtype, rngs=rngs)
 
         def make_stream_layer(rngs: nnx.Rngs, index: Array) -> StreamTransformerLayer:
-            return StreamTransformerLayer(features, num_heads, streams, index, dtype=dtype, rngs=rngs)
+            return StreamTransformerLayer(
+                features, num_heads, streams, index, dtype=dtype, implementation=implementation, rngs=rngs
+            )
 
+        common: dict[str, Any] = {"implementation": implementation, "rngs": rngs}
         self.stack: MHCStack | StreamStack
         if connection == "residual":
             if config is not None or options:
                 raise ValueError(f"connection: 'residual' has no options, got {config or sorted(options)}")
-            self.stack = MHCStack(make_layer, depth, max_history=1, mode="residual", rngs=rngs)
+            self.stack = MHCStack(make_layer, depth, max_history=1, mode="residual", **common)
         elif connection == "history":
             history = resolve(HISTORY_DEFAULTS, config, **options)
-            self.stack = MHCStack(make_layer, depth, config=history, rngs=rngs)
+            self.stack = MHCStack(make_layer, depth, config=history, **common)
         elif connection == "streams":
             streams = resolve(STREAM_DEFAULTS, config, **options)
             self.stack = StreamStack(make_stream_layer, depth, config=streams, rngs=rngs)

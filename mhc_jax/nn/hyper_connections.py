@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mhc_jax import streams as functional
+from mhc_jax.kernels.choice import check_implementation
 from mhc_jax.monitoring.connection import Shown
 from mhc_jax.monitoring.figures import composite_gain, entropy, shares, sum_errors
 from mhc_jax.nn.merged import Merged
@@ -34,7 +35,7 @@ class HyperConnections(nnx.Module):
         width: features C of one stream.
         config: all options in one value; keywords, the fields of `StreamConfig`, change single ones.
         layer_index: which wrapped branch of the network this is, counted from 0: sets the stream it reads most.
-        implementation: "pallas" for kernels, as of `mhc_jax.streams.read` and `write`.
+        implementation: as of `mhc_jax.streams.read` and `write`; in a `StreamStack`, of `boundary`.
 
     Attributes:
         phi: (n * width, m) parameter, m = config.logits columns: those of H_pre, H_post, H_res. None if not dynamic.
@@ -65,6 +66,7 @@ class HyperConnections(nnx.Module):
         **options: Any,
     ) -> None:
         self.config = resolve(DEFAULTS, config, **options)
+        check_implementation(implementation)
         self.implementation = implementation
         self.branch = branch
         phi, alpha, bias = functional.init_params(self.config, width, layer_index)
@@ -105,6 +107,7 @@ class StreamHead(nnx.Module):
     Args:
         width: features C of one stream.
         config: all options in one value; keywords, the fields of `StreamConfig`, change single ones.
+        implementation: as of `mhc_jax.streams.head`.
 
     Attributes:
         phi: (n * width, n) parameter.
@@ -121,8 +124,17 @@ class StreamHead(nnx.Module):
         (2, 8)
     """
 
-    def __init__(self, width: int, *, config: StreamConfig | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        config: StreamConfig | None = None,
+        implementation: Implementation = None,
+        **options: Any,
+    ) -> None:
         self.config = resolve(DEFAULTS, config, **options)
+        check_implementation(implementation)
+        self.implementation = implementation
         phi, alpha, bias = functional.init_head_params(self.config, width)
         self.phi = nnx.Param(phi)
         self.alpha = nnx.Param(alpha)
@@ -130,7 +142,7 @@ class StreamHead(nnx.Module):
 
     def __call__(self, streams: Float[Array, "*tokens n C"]) -> Float[Array, "*tokens C"]:
         params = HeadParams(self.phi[...], self.alpha[...], self.bias[...])
-        return functional.head(params, streams, self.config)
+        return functional.head(params, streams, self.config, implementation=self.implementation)
 
 
 class StreamStack(nnx.Module):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from mhc_jax.history import History, mix
 from mhc_jax.history.config import MATRIX_DEFAULTS, MatrixConfig
+from mhc_jax.kernels.choice import Implementation, check_implementation
 from mhc_jax.monitoring.connection import Shown, show_history
 from mhc_jax.monitoring.figures import history_figures, sum_errors
 from mhc_jax.nn.skip import window_of
@@ -30,6 +31,7 @@ class MatrixMHCSkip(nnx.Module):
         doubly_stochastic: project to doubly stochastic matrices by Sinkhorn-Knopp (default), else softmax each row.
         iterations: Sinkhorn iterations, 10 by default.
         config: all of them in one value; the arguments change single ones.
+        implementation: as of `mhc_jax.history.mix`.
         rngs: stream `params`, for the initial logits.
 
     Attributes:
@@ -57,9 +59,12 @@ class MatrixMHCSkip(nnx.Module):
         iterations: int | None = None,
         *,
         config: MatrixConfig | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
+        check_implementation(implementation)
+        self.implementation = implementation
         options |= {"max_history": max_history, "doubly_stochastic": doubly_stochastic, "iterations": iterations}
         self.config = resolve(MATRIX_DEFAULTS, config, **options)
         shape = (self.max_history, self.max_history)
@@ -105,12 +110,15 @@ class MatrixMHCSkip(nnx.Module):
         if isinstance(history, History):
             if history.max_history != self.max_history:
                 raise ValueError(f"history has a window of {history.max_history}, expected {self.max_history}")
-            return mix(x, list(history.window), self._live_weights(history.count))
+            states, weights = list(history.window), self._live_weights(history.count)
+            return mix(x, states, weights, implementation=self.implementation)
         states = list(history[-self.max_history :])
         for state in states:
             if state.shape != x.shape:
                 raise ValueError(f"history has a state of shape {state.shape}, x has {x.shape}")
-        return mix(x, states, self.mixing_weights(len(states))) if states else x
+        if not states:
+            return x
+        return mix(x, states, self.mixing_weights(len(states)), implementation=self.implementation)
 
     def figures(self, grads: nnx.State) -> dict[str, Array]:
         """What `mhc_jax.monitoring.diagnostics.diagnose` reports."""

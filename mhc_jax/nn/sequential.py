@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mhc_jax.history.config import DEFAULTS, MHCConfig
+from mhc_jax.kernels.choice import Implementation
 from mhc_jax.monitoring.connection import Shown, show_history
 from mhc_jax.monitoring.figures import history_figures
 from mhc_jax.monitoring.nonfinite import expect_finite
@@ -30,6 +31,7 @@ class MHCSequential(nnx.Module):
         features: with `auto_project`, the widths (last axes) of the states x_0, ..., x_L.
         policy: what of a branch to keep for the backward pass (`jax.checkpoint_policies`); the default keeps everything
             its derivative needs.
+        implementation: as of `mhc_jax.history.mix`.
         rngs: needed for `stochastic` and `auto_project`.
 
     Attributes:
@@ -58,6 +60,7 @@ class MHCSequential(nnx.Module):
         config: MHCConfig | None = None,
         features: Sequence[int] | None = None,
         policy: Callable[..., bool] | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs | None = None,
         **options: Any,
     ) -> None:
@@ -75,7 +78,9 @@ class MHCSequential(nnx.Module):
         if config.auto_project and (features is None or len(features) != depth + 1):
             raise ValueError(f"features: auto_project needs the widths of all {depth + 1} states, got {features!r}")
         self.skip_layers = nnx.List(
-            MHCSkip(config=replace(config, auto_project=bool(widths)), rngs=rngs, **widths)
+            MHCSkip(
+                config=replace(config, auto_project=bool(widths)), implementation=implementation, rngs=rngs, **widths
+            )
             for widths in (_widths(layer, config, features) for layer in range(depth))
         )
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from mhc_jax.history import History, mix, mixing_weights
 from mhc_jax.history.config import DEFAULTS, INITS, MHCConfig
+from mhc_jax.kernels.choice import Implementation, check_implementation
 from mhc_jax.monitoring.connection import Shown, show_history
 from mhc_jax.monitoring.figures import history_figures
 from mhc_jax.options import check_change, resolve, settable
@@ -62,6 +63,7 @@ class MHCSkip(nnx.Module):
         config: all options in one value; keywords, the fields of `MHCConfig`, change single ones.
         history_features, features: with `auto_project`, the width (last axis) of past states that differ from the
             branch's output, and that of the output.
+        implementation: as of `mhc_jax.history.mix`.
         rngs: needed for `stochastic` (stream `mixing`) and for `auto_project` (stream `params`).
 
     Attributes:
@@ -95,10 +97,13 @@ class MHCSkip(nnx.Module):
         config: MHCConfig | None = None,
         history_features: int | None = None,
         features: int | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs | None = None,
         **options: Any,
     ) -> None:
         self.config = resolve(DEFAULTS, config, max_history=max_history, **options)
+        check_implementation(implementation)
+        self.implementation = implementation
         self.mixing_logits = nnx.Param(initial_logits(self.config))
         if self.config.use_gating:
             self.gate_logit = nnx.Param(jnp.array(GATE_INIT))
@@ -184,7 +189,7 @@ class MHCSkip(nnx.Module):
             gate_logit=self.gate_logit[...] if self.config.use_gating else None,
             key=self.rngs() if self.config.stochastic and not self.deterministic else None,
         )
-        return mix(x, states, weights)
+        return mix(x, states, weights, implementation=self.implementation)
 
     def figures(self, grads: nnx.State) -> dict[str, Array]:
         """What `mhc_jax.monitoring.diagnostics.diagnose` reports."""

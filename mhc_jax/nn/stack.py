@@ -13,6 +13,8 @@ from jaxtyping import Array, Float
 
 from mhc_jax.history import apply_layers, mixing_weights
 from mhc_jax.history.config import DEFAULTS, MHCConfig
+from mhc_jax.history.scan import check_layers_implementation
+from mhc_jax.kernels.choice import Implementation
 from mhc_jax.monitoring.connection import Shown, show_history
 from mhc_jax.monitoring.figures import history_figures
 from mhc_jax.nn.errors import noted
@@ -42,6 +44,7 @@ class MHCStack(nnx.Module):
         config: all options in one value; keywords, the fields of `MHCConfig`, change single ones.
         policy: what of a branch to keep for the backward pass (`jax.checkpoint_policies`); the default keeps everything
             its derivative needs.
+        implementation: as of `mhc_jax.history.apply_layers`.
         rngs: for the layers; a branch with dropout draws from the stream `dropout`, `stochastic` from `mixing`.
 
     Attributes:
@@ -71,6 +74,7 @@ class MHCStack(nnx.Module):
         *,
         config: MHCConfig | None = None,
         policy: Callable[..., bool] | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
@@ -84,6 +88,8 @@ class MHCStack(nnx.Module):
             raise ValueError("auto_project: the layers of a stack are equal and have one width; use MHCSequential")
         self.depth = depth
         self.policy = policy
+        check_layers_implementation(implementation)
+        self.implementation = implementation
         self.layers = nnx.vmap(make_layer, axis_size=depth)(rngs.split(depth))
         others = nnx.state(self.layers, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
         if others:
@@ -116,6 +122,7 @@ class MHCStack(nnx.Module):
                 keys=random,
                 mixing_key=self.rngs() if self.config.stochastic and not self.deterministic else None,
                 policy=self.policy,
+                implementation=self.implementation,
             )
 
     def mixing_weights(self, *, gated: bool = False) -> Float[Array, "L H"]:

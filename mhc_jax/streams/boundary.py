@@ -8,8 +8,8 @@
 chip they move (2n + 2) C, and (3n + 3) C backward: X' is built again from X and y, and what arrives at the streams
 from the branch, the norm, the projection and the streams behind is summed before it is stored.
 
-A network is a chain of boundaries: `read` before its first branch, `write` after its last. Streams are flat here,
-(..., n * C): to part n from C is a copy on a TPU, so whoever carries streams through many boundaries carries them flat.
+A network is a chain of boundaries: `read` before its first branch, `write` after its last. The kernels want streams
+flat, (..., n * C): to part n from C is a copy on a TPU, so whoever carries streams through kernels carries them flat.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +18,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from mhc_jax.kernels import stream_boundary as kernels
 from mhc_jax.kernels.choice import Implementation, check_implementation, implemented
-from mhc_jax.streams import norm
+from mhc_jax.streams import forms, norm
 from mhc_jax.streams.config import StreamConfig
-from mhc_jax.streams.connect import reduce, write
+from mhc_jax.streams.connect import expand, reduce, write
 from mhc_jax.streams.constraints import CONSTRAINTS
-from mhc_jax.streams.depth import scan_any
+from mhc_jax.streams.depth import depth_of, scan_any
 from mhc_jax.streams.maps import (
     Maps,
     StreamParams,
@@ -57,7 +58,8 @@ def boundary(
         streams, output, post, res: as of `write`: what the branch before read, its output and its maps.
         config: of the maps.
         implementation: "pallas" for the kernels of `mhc_jax.kernels.stream_boundary` on a TPU, for streams whose
-            squares sum up to what float32 holds (below about 1e19); "xla" or None for what XLA fuses, at any size.
+            squares sum up to what float32 holds (below about 1e19); "xla" for what XLA fuses, at any size;
+            None for the choice of `mhc_jax.kernels.choice`.
 
     Returns:
         The streams X', the input x' of the next branch, and its H_post and H_res.
@@ -80,9 +82,9 @@ def boundary(
         ((2, 4, 8), (2, 8), (2, 4), (2, 4, 4))
     """
     check_params(params, streams, config)
-    flat = streams.reshape(*streams.shape[:-2], config.streams * streams.shape[-1])
-    flat, x, post, res = flat_boundary(params, flat, output, post, res, config, implementation=implementation)
-    return flat.reshape(streams.shape), x, post, res
+    _check_write(streams, output, post, res)
+    check_implementation(implementation)
+    return _boundary(params, streams, output, post, res, config, implementation)
 
 
 def flat_boundary(
@@ -98,11 +100,22 @@ def flat_boundary(
     Float[Array, "*tokens nC"], Float[Array, "*tokens C"], Float[Array, "*tokens n"], Float[Array, "*tokens n n"]
 ]:
     """`boundary` of streams that lie side by side in one axis, (..., n * C), stream 0 first."""
-    lead, n, width = output.shape[:-1], config.streams, output.shape[-1]
-    if streams.shape != (*lead, n * width):
+    n = config.streams
+    if streams.shape[-1] % n:
+        raise ValueError(f"streams must have the width of {n} streams, a multiple of {n}, got {streams.shape}")
+    parted = streams.reshape(*streams.shape[:-1], n, streams.shape[-1] // n)
+    check_params(params, parted, config)
+    _check_write(parted, output, post, res)
+    check_implementation(implementation)
+    return _boundary(params, streams, output, post, res, config, implementation)
+
+
+def _check_write(streams: Array, output: Array, post: Array, res: Array) -> None:
+    *lead, n, width = streams.shape
+    if output.shape != (*lead, width):
         raise ValueError(
-            f"the branch must keep the shape of its input: for streams {streams.shape} of {n} that is "
-            f"{(*streams.shape[:-1], streams.shape[-1] // n)}, its output has {output.shape}"
+            f"the branch must keep the shape of its input: for streams of {n} that is {(*lead, width)}, "
+            f"its output has {output.shape}"
         )
     if output.dtype != streams.dtype:
         raise TypeError(f"the branch must keep the dtype of the streams {streams.dtype}, its output has {output.dtype}")
@@ -110,13 +123,17 @@ def flat_boundary(
         raise ValueError(
             f"post and res must have shapes {(*lead, n)} and {(*lead, n, n)}, got {post.shape} and {res.shape}"
         )
-    check_params(params, _parted(streams, n), config)
-    check_implementation(implementation)
-    return _boundary(params, streams, output, post, res, config, implementation)
 
 
-def _parted(flat: Array, n: int) -> Array:
-    return flat.reshape(*flat.shape[:-1], n, flat.shape[-1] // n)
+# Below, streams are as the caller has them, flat or not. Kernels work on flat ones, XLA on (..., n, C).
+
+
+def _parted(streams: Array, like: Array, n: int) -> Array:
+    return streams.reshape(*like.shape[:-1], n, like.shape[-1])
+
+
+def _flat(streams: Array, like: Array) -> Array:
+    return streams.reshape(*like.shape[:-1], -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -134,7 +151,7 @@ def _boundary(
 
 def _forward(
     params: StreamParams,
-    flat: Array,
+    streams: Array,
     output: Array,
     post: Array,
     res: Array,
@@ -144,16 +161,17 @@ def _forward(
     phi, alpha, bias = params
     if phi is None or alpha is None:
         static = _static_maps(bias, output, config)
-        new = _mixed(flat, output, post, res)
-        return (new, _collapsed(static.pre, new), static.post, static.res), (params, flat, output, post, res, ())
+        new = forms.merged(_parted(streams, output, config.streams), output, post, res)
+        x = _collapsed(static.pre, new)
+        return (new.reshape(streams.shape), x, static.post, static.res), (params, streams, output, post, res, ())
     gate = jnp.broadcast_to(alpha[0], config.streams).astype(res.dtype)
-    arguments = flat, output, post, res, phi.astype(res.dtype), gate, bias[: config.streams].astype(res.dtype)
-    form = implemented(implementation, _forward_by_kernel, _forward_by_xla)
+    arguments = streams, output, post, res, phi.astype(res.dtype), gate, bias[: config.streams].astype(res.dtype)
+    form = implemented("stream_boundary", implementation, _forward_by_kernel, _forward_by_xla)
     new, x, raw, inverse_rms = form(*arguments, config=config)
     # By `jax.vjp`, which puts the forward pass of `sinkhorn` in its place: a Hessian needs derivatives of both modes.
     maps_of = partial(maps_from_normalized, config=config, implementation=implementation)
     (_, next_post, next_res), _ = jax.vjp(maps_of, raw * inverse_rms, alpha, bias)
-    return (new, x, next_post, next_res), (params, flat, output, post, res, (raw, inverse_rms))
+    return (new, x, next_post, next_res), (params, streams, output, post, res, (raw, inverse_rms))
 
 
 def _backward(
@@ -162,12 +180,12 @@ def _backward(
     saved: tuple[Any, ...],
     cotangents: tuple[Array, Array, Array, Array],
 ) -> tuple[Any, ...]:
-    (phi, alpha, bias), flat, output, post, res, projected = saved
+    (phi, alpha, bias), streams, output, post, res, projected = saved
     d_new, d_input, d_post, d_res = cotangents
     n, dtype = config.streams, res.dtype
     if phi is None or alpha is None:
         static, static_pullback = jax.vjp(partial(_static_maps, output=output, config=config), bias)
-        *gradients, d_pre = _backward_by_xla(flat, output, post, res, static.pre, d_new, d_input)
+        *gradients, d_pre = _backward_by_xla(streams, output, post, res, static.pre, d_new, d_input)
         (d_bias,) = static_pullback(Maps(d_pre, d_post, d_res))
         return StreamParams(None, None, d_bias), *gradients
 
@@ -182,9 +200,9 @@ def _backward(
     slope = pre_pullback(jnp.ones_like(pre))[0] * inverse_rms
     # Through 1 / rms X' gets radial * (X' / rms). No factor here is the square of a stream, or of 1 / rms.
     radial = -jnp.sum(d_normalized * normalized, axis=-1, keepdims=True) * inverse_rms / size
-    arguments = flat, output, post, res, pre, d_new, d_input
+    arguments = streams, output, post, res, pre, d_new, d_input
     more = phi.astype(dtype), slope, -own / size, d_normalized * inverse_rms, radial, inverse_rms
-    form = implemented(implementation, _backward_by_kernel, _backward_by_xla)
+    form = implemented("stream_boundary", implementation, _backward_by_kernel, _backward_by_xla)
     *gradients, d_pre, d_phi = form(*arguments, *more)
     _, d_gate, d_own_bias = pre_pullback(d_pre)
     d_params = StreamParams(d_phi.astype(phi.dtype), d_alpha.at[0].add(d_gate), d_bias.at[:n].add(d_own_bias))
@@ -206,65 +224,72 @@ def _pre(config: StreamConfig, normalized: Array, gate: Array, bias: Array) -> A
     return gate * jnp.tanh(normalized) + bias
 
 
-def _mixed(flat: Array, output: Array, post: Array, res: Array) -> Array:
-    return write(_parted(flat, post.shape[-1]), output, post, res).reshape(flat.shape)
-
-
-def _collapsed(pre: Array, flat: Array) -> Array:
-    return jnp.einsum("...n,...nc->...c", pre, _parted(flat, pre.shape[-1]).astype(pre.dtype)).astype(flat.dtype)
+def _collapsed(pre: Array, streams: Array) -> Array:
+    return jnp.einsum("...n,...nc->...c", pre, streams.astype(pre.dtype)).astype(streams.dtype)
 
 
 def _forward_by_xla(
-    flat: Array, output: Array, post: Array, res: Array, phi: Array, gate: Array, bias: Array, *, config: StreamConfig
+    streams: Array,
+    output: Array,
+    post: Array,
+    res: Array,
+    phi: Array,
+    gate: Array,
+    bias: Array,
+    *,
+    config: StreamConfig,
 ) -> tuple[Array, Array, Array, Array]:
     """X', x', vec(X') phi and 1 / rms(vec X')."""
-    new = _mixed(flat, output, post, res)
+    new = forms.merged(_parted(streams, output, config.streams), output, post, res)
     wide = new.astype(res.dtype)
-    raw, inverse_rms = jnp.matmul(wide, phi), norm.inverse_rms(wide, config.norm_epsilon)
+    raw, inverse_rms = forms.projected(wide, phi), norm.inverse_rms(forms.flattened(wide), config.norm_epsilon)
     pre = _pre(config, raw[..., : config.streams] * inverse_rms, gate, bias)
-    return new, _collapsed(pre, new), raw, inverse_rms
+    return new.reshape(streams.shape), _collapsed(pre, new), raw, inverse_rms
 
 
-def _forward_by_kernel(*arguments: Array, config: StreamConfig) -> tuple[Array, Array, Array, Array]:
+def _forward_by_kernel(streams: Array, output: Array, *maps: Array, config: StreamConfig) -> tuple[Array, ...]:
     kernel = partial(kernels.forward, pre=partial(_pre, config), norm_epsilon=config.norm_epsilon)
-    return kernels.on_tpu(kernel, partial(_forward_by_xla, config=config), *arguments)
+    xla = partial(_forward_by_xla, config=config)
+    new, *rest = kernels.on_tpu(kernel, xla, _flat(streams, output), output, *maps)
+    return new.reshape(streams.shape), *rest
 
 
-def _backward_by_kernel(*arguments: Array) -> tuple[Array, ...]:
-    return kernels.on_tpu(kernels.backward, _backward_by_xla, *arguments)
+def _backward_by_kernel(
+    streams: Array, output: Array, post: Array, res: Array, pre: Array, d_new: Array, *others: Array
+) -> tuple[Array, ...]:
+    flat, d_flat = (_flat(array, output) for array in (streams, d_new))
+    d_streams, *rest = kernels.on_tpu(kernels.backward, _backward_by_xla, flat, output, post, res, pre, d_flat, *others)
+    return d_streams.reshape(streams.shape), *rest
 
 
 def _backward_by_xla(
-    flat: Array, output: Array, post: Array, res: Array, pre: Array, d_new: Array, d_input: Array, *dynamic: Array
+    streams: Array, output: Array, post: Array, res: Array, pre: Array, d_new: Array, d_input: Array, *dynamic: Array
 ) -> tuple[Array, ...]:
     """What arrives at streams, output, post, res and the next H_pre, and at phi if maps are dynamic.
 
     Arguments are those of `kernels.backward`.
     """
     n, dtype = post.shape[-1], res.dtype
-    streams, d_input = _parted(flat, n).astype(dtype), d_input.astype(dtype)
-    new = _mixed(flat, output, post, res).astype(dtype)
-    d_pre = jnp.einsum("...c,...nc->...n", d_input, _parted(new, n))
+    old, d_new, d_input = _parted(streams, output, n), _parted(d_new, output, n).astype(dtype), d_input.astype(dtype)
+    new = forms.merged(old, output, post, res).astype(dtype)
+    d_pre = jnp.einsum("...c,...nc->...n", d_input, new)
     # All that arrives at the new streams, summed before it is rounded.
-    total = _parted(d_new, n).astype(dtype) + pre[..., None] * d_input[..., None, :]
-    d_phi = []
+    total = d_new + pre[..., None] * d_input[..., None, :]
+    d_phis = []
     if dynamic:
         phi, slope, pull, d_raw, radial, inverse_rms = dynamic
         d_own = d_pre * slope
         d_raw = d_raw.at[..., :n].add(d_own)
         radial += jnp.sum(d_own * pull, axis=-1, keepdims=True)
-        total += _parted(jnp.matmul(d_raw, phi.T) + radial * (new * inverse_rms), n)
-        tokens = tuple(range(d_raw.ndim - 1))
-        # Transposed on the way: the tall result (nC, m) directly is the slow side of a CPU's matrix product.
-        d_phi = [jnp.tensordot(d_raw, new, (tokens, tokens)).T]
-    d_streams = jnp.zeros_like(total)
-    for i in range(n):
-        d_streams += res[..., i, :, None] * total[..., i, None, :]
+        through_phi, d_phi = forms.projected_back(new, phi, d_raw)
+        total += through_phi + radial[..., None] * (new * inverse_rms[..., None])
+        d_phis = [d_phi]
+    total = forms.in_memory(total)
+    d_streams = forms.mixed_back(res, total).astype(streams.dtype).reshape(streams.shape)
     d_output = jnp.einsum("...n,...nc->...c", post, total)
     d_post = jnp.einsum("...nc,...c->...n", total, output.astype(dtype))
-    d_res = jnp.einsum("...ic,...jc->...ij", total, streams)
-    d_flat = d_streams.reshape(flat.shape).astype(flat.dtype)
-    return d_flat, d_output.astype(output.dtype), d_post, d_res, d_pre, *d_phi
+    d_res = jnp.einsum("...ic,...jc->...ij", total, old.astype(dtype))
+    return d_streams, d_output.astype(output.dtype), d_post, d_res, d_pre, *d_phis
 
 
 class Connected(NamedTuple):
@@ -287,8 +312,8 @@ def apply_branches(
     """A network of equal layers on n streams, as a scan over boundaries.
 
     Expands x, runs the branches of every layer one after another, and takes the mean of the streams: what
-    `scan_layers` does of layers that `wrap`. The scan carries flat streams, a branch's output and its maps, so that
-    nothing reads what the step before has just written.
+    `scan_layers` does of layers that `wrap`. The scan carries streams (flat, for kernels), a branch's output and its
+    maps, so that nothing reads what the step before has just written.
 
     Args:
         layer: from the parameters of one layer, its branches in their order. A branch keeps the shape and dtype of x.
@@ -315,22 +340,34 @@ def apply_branches(
     lead, width, dtype = x.shape[:-1], x.shape[-1], jnp.promote_types(x.dtype, jnp.float32)
     # The first boundary passes the streams on: H_res is 1, and no branch has written.
     first: tuple[Array, ...] = (
-        jnp.concatenate([x] * streams, axis=-1),
+        _flat(expand(x, streams), x) if _by_kernels(layer, params) else expand(x, streams),
         jnp.zeros_like(x),
         jnp.zeros((*lead, streams), dtype),
         jnp.broadcast_to(jnp.eye(streams, dtype=dtype), (*lead, streams, streams)),
     )
 
     def step(params: Any, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        flat, output, post, res = carry
+        new, output, post, res = carry
         for connected in layer(params):
             _, maps_params, config, implementation = connected
-            flat, h, post, res = flat_boundary(
-                maps_params, flat, output, post, res, config, implementation=implementation
-            )
+            between = boundary if new.ndim > output.ndim else flat_boundary
+            new, h, post, res = between(maps_params, new, output, post, res, config, implementation=implementation)
             output = connected.branch(h)
-        return flat, output, post, res
+        return new, output, post, res
 
     wide = (*lead, streams * width), (*lead, streams, width)
-    flat, output, post, res = scan_any(step, params, first, block_length, wide, source=layer)
-    return reduce(_parted(_mixed(flat, output, post, res), streams))
+    new, output, post, res = scan_any(step, params, first, block_length, wide, source=layer)
+    return reduce(write(_parted(new, output, streams), output, post, res))
+
+
+def _by_kernels(layer: Callable[[Any], Sequence[Connected]], params: Any) -> bool:
+    """Whether any branch of a layer asks for kernels."""
+    asked: list[Implementation] = []
+
+    def ask(params: Any) -> None:
+        first = jax.tree.map(lambda leaf: lax.index_in_dim(leaf, 0, keepdims=False), params)
+        asked.extend(connected.implementation for connected in layer(first))
+
+    if depth_of(params):
+        jax.eval_shape(ask, params)
+    return "pallas" in asked

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from mhc_jax.kernels import stream_read as read_kernels
 from mhc_jax.kernels import stream_write as write_kernels
 from mhc_jax.kernels.choice import Implementation, check_implementation, implemented
+from mhc_jax.streams import forms
 from mhc_jax.streams.config import StreamConfig
 from mhc_jax.streams.maps import (
     HeadParams,
@@ -18,7 +19,6 @@ from mhc_jax.streams.maps import (
     StreamParams,
     check_params,
     check_streams,
-    flattened,
     maps,
     maps_from_normalized,
     raw_logits,
@@ -38,7 +38,8 @@ def read(
 
     Args:
         implementation: "pallas" for the kernels of `mhc_jax.kernels.stream_read` and `mhc_jax.kernels.sinkhorn`, "xla"
-            or None for what XLA fuses. Static maps are small and always XLA's.
+            for what XLA fuses, None for the choice of `mhc_jax.kernels.choice`. Static maps are small and always
+            XLA's.
 
     Raises:
         ValueError: if `streams` has not n streams, or its width is not that of `params`.
@@ -53,7 +54,7 @@ def read(
 
 
 def _collapse(pre: Array, streams: Array, implementation: Implementation = None) -> Array:
-    return implemented(implementation, read_kernels.collapse, _collapse_by_xla)(pre, streams)
+    return implemented("stream_read", implementation, read_kernels.collapse, _collapse_by_xla)(pre, streams)
 
 
 def _collapse_by_xla(pre: Array, streams: Array) -> Array:
@@ -95,13 +96,13 @@ def _read_bwd(
     normalized = raw * inverse_rms
     maps_again = partial(maps_from_normalized, config=config, implementation=implementation)
     (pre, _, _), pullback = jax.vjp(maps_again, normalized, alpha, bias)
-    weights = implemented(implementation, read_kernels.collapse_weights, _collapse_weights_by_xla)
+    weights = implemented("stream_read", implementation, read_kernels.collapse_weights, _collapse_weights_by_xla)
     d_pre = weights(d_input, streams, dtype=dtype)
     d_normalized, d_alpha, d_bias = pullback(Maps(d_pre, d_post, d_res))
     # Through 1 / rms, vec(X) gets radial * (vec(X) / rms). No factor here is the square of a stream, or of 1 / rms.
     d_raw = d_normalized * inverse_rms
     radial = -jnp.sum(d_normalized * normalized, axis=-1, keepdims=True) * inverse_rms / phi.shape[0]
-    backward = implemented(implementation, read_kernels.backward, _backward_by_xla)
+    backward = implemented("stream_read", implementation, read_kernels.backward, _backward_by_xla)
     d_streams, d_phi = backward(streams, phi.astype(dtype), pre, d_input, d_raw, radial, inverse_rms)
     return d_phi.astype(phi.dtype), d_alpha, d_bias, d_streams
 
@@ -110,12 +111,10 @@ def _backward_by_xla(
     streams: Array, phi: Array, pre: Array, d_input: Array, d_raw: Array, radial: Array, inverse_rms: Array
 ) -> tuple[Array, Array]:
     dtype = phi.dtype
-    flat = flattened(streams, dtype)
-    tokens = tuple(range(d_raw.ndim - 1))
-    # Transposed on the way: the tall result (nC, m) directly is the slow side of a CPU's matrix product.
-    d_phi = jnp.tensordot(d_raw, flat, (tokens, tokens)).T
-    d_flat = jnp.matmul(d_raw, phi.T) + radial * (flat * inverse_rms)
-    d_streams = d_flat.reshape(streams.shape) + pre[..., None] * d_input.astype(dtype)[..., None, :]
+    wide = streams.astype(dtype)
+    through_phi, d_phi = forms.projected_back(wide, phi, d_raw)
+    through_norm = radial[..., None] * (wide * inverse_rms[..., None])
+    d_streams = through_phi + through_norm + pre[..., None] * d_input.astype(dtype)[..., None, :]
     return d_streams.astype(streams.dtype), d_phi
 
 
@@ -133,7 +132,8 @@ def write(
     """H_res X + H_post^T y: the streams after a branch whose output is y.
 
     Args:
-        implementation: "pallas" for the kernels of `mhc_jax.kernels.stream_write`, "xla" or None for what XLA fuses.
+        implementation: "pallas" for the kernels of `mhc_jax.kernels.stream_write`, "xla" for what XLA fuses, None for
+            the choice of `mhc_jax.kernels.choice`.
 
     Raises:
         ValueError: if the output has not the shape of one stream.
@@ -150,43 +150,27 @@ def write(
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _write(streams: Array, output: Array, post: Array, res: Array, implementation: Implementation) -> Array:
-    return implemented(implementation, write_kernels.write, _write_by_xla)(streams, output, post, res)
-
-
-def _merged(streams: Array, output: Array, post: Array, res: Array) -> Array:
-    old, new = streams.astype(res.dtype), output.astype(res.dtype)
-    # A sum over streams rather than a product of tiny matrices: it fuses into one pass over the streams.
-    mixed = post[..., None] * new[..., None, :]
-    for j in range(res.shape[-1]):
-        mixed += res[..., j, None] * old[..., None, j, :]
-    return mixed.astype(streams.dtype)
-
-
-# One piece to the policy of `scan_layers`, which would keep the products inside, whose factors are not streams.
-_write_by_xla = jax.custom_jvp(_merged)
-
-
-_write_by_xla.defjvp(lambda primals, tangents: jax.jvp(_merged, primals, tangents))
+    return implemented("stream_write", implementation, write_kernels.write, forms.merged)(streams, output, post, res)
 
 
 def _write_fwd(
     streams: Array, output: Array, post: Array, res: Array, implementation: Implementation
 ) -> tuple[Array, tuple[Array, ...]]:
-    merged = implemented(implementation, write_kernels.write, _write_by_xla)(streams, output, post, res)
+    merged = implemented("stream_write", implementation, write_kernels.write, forms.merged)(streams, output, post, res)
     return merged, (streams, output, post, res)
 
 
 def _write_bwd(implementation: Implementation, saved: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
-    return implemented(implementation, write_kernels.write_backward, _write_backward_by_xla)(cotangent, *saved)
+    return implemented("stream_write", implementation, write_kernels.write_backward, _write_backward_by_xla)(
+        cotangent, *saved
+    )
 
 
 def _write_backward_by_xla(
     cotangent: Array, streams: Array, output: Array, post: Array, res: Array
 ) -> tuple[Array, ...]:
     d = cotangent.astype(res.dtype)
-    d_streams = jnp.zeros_like(d)
-    for i in range(res.shape[-1]):
-        d_streams += res[..., i, :, None] * d[..., i, None, :]
+    d_streams = forms.mixed_back(res, d)
     d_output = jnp.einsum("...n,...nc->...c", post, d)
     d_post = jnp.einsum("...nc,...c->...n", d, output.astype(res.dtype))
     d_res = jnp.einsum("...ic,...jc->...ij", d, streams.astype(res.dtype))
@@ -227,13 +211,23 @@ def reduce(streams: Float[Array, "*tokens n C"], how: Literal["mean", "sum"] = "
     return (total / streams.shape[-2] if how == "mean" else total).astype(streams.dtype)
 
 
-def head(params: HeadParams, streams: Float[Array, "*tokens n C"], config: StreamConfig) -> Float[Array, "*tokens C"]:
+def head(
+    params: HeadParams,
+    streams: Float[Array, "*tokens n C"],
+    config: StreamConfig,
+    *,
+    implementation: Implementation = None,
+) -> Float[Array, "*tokens C"]:
     """Learned reduction of the streams by a map like H_pre, as DeepSeek-V4 ends (`DeepseekV4HyperHead`).
+
+    Args:
+        implementation: as of `read`; derivatives are XLA's.
 
     Raises:
         ValueError, TypeError: as `read`.
     """
     check_streams(params.phi, streams, config, config.streams)
-    raw, inverse_rms = raw_logits(params.phi, streams, config)
+    check_implementation(implementation)
+    raw, inverse_rms = raw_logits(params.phi, streams, config, implementation)
     pre = jax.nn.sigmoid(params.alpha * raw * inverse_rms + params.bias) + config.epsilon
-    return _collapse(pre, streams)
+    return _collapse(pre, streams, implementation)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mhc_jax.kernels import sinkhorn as sinkhorn_kernels
-from mhc_jax.kernels.choice import Implementation
+from mhc_jax.kernels.choice import Implementation, chosen
 from mhc_jax.sinkhorn import sinkhorn
 
 if TYPE_CHECKING:
@@ -44,10 +44,8 @@ def _square(logits: Float[Array, "*tokens m"], n: int) -> Float[Array, "*tokens 
 
 
 def _sinkhorn(logits: Array, config: "StreamConfig", implementation: Implementation) -> Array:
-    matrices = _square(logits, config.streams)
-    if implementation == "pallas":
-        return sinkhorn_kernels.sinkhorn(matrices, config.iterations, config.epsilon)
-    return sinkhorn(matrices, config.iterations, config.epsilon)
+    form = chosen("sinkhorn", implementation, sinkhorn_kernels.sinkhorn, sinkhorn)
+    return form(_square(logits, config.streams), iterations=config.iterations, epsilon=config.epsilon)
 
 
 def _mixtures(factors: Callable[[int], tuple[int, ...]]) -> Constraint:

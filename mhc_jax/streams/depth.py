@@ -36,6 +36,20 @@ def scan_layers(
     return scan_any(layer, params, streams, block_length, (streams.shape,))
 
 
+def depth_of(params: Any) -> int:
+    """The length of the leading axis of all leaves.
+
+    Raises:
+        ValueError: if they have not one.
+    """
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(params)}
+    if len(lengths) != 1 or () in lengths:
+        shapes = jax.tree.map(jnp.shape, params)
+        raise ValueError(f"params must hold arrays with one leading axis, the depth, got shapes {shapes}")
+    ((depth,),) = lengths
+    return depth
+
+
 Carry = TypeVar("Carry")
 
 
@@ -52,11 +66,7 @@ def scan_any(
     Args:
         source: as of `trace`.
     """
-    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(params)}
-    if len(lengths) != 1 or () in lengths:
-        shapes = jax.tree.map(jnp.shape, params)
-        raise ValueError(f"params must hold arrays with one leading axis, the depth, got shapes {shapes}")
-    ((depth,),) = lengths
+    depth = depth_of(params)
     if block_length < 1 or depth % block_length:
         raise ValueError(f"block_length must divide the depth {depth}, got {block_length}")
     if depth == 0:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from mhc_jax.kernels import stream_read as read_kernels
 from mhc_jax.kernels.choice import Implementation, implemented
-from mhc_jax.streams import norm
+from mhc_jax.streams import forms, norm
 from mhc_jax.streams.config import StreamConfig
 from mhc_jax.streams.constraints import CONSTRAINTS
 from mhc_jax.streams.starts import STARTS
@@ -94,18 +94,13 @@ def raw_logits(
 ) -> tuple[Array, Array]:
     """vec(X) phi, and 1 / rms(vec X): normalizing after the projection spares a normalized copy of the streams."""
     phi = phi.astype(jnp.promote_types(streams.dtype, jnp.float32))
-    project = implemented(implementation, read_kernels.project, _project_by_xla)
+    project = implemented("stream_read", implementation, read_kernels.project, _project_by_xla)
     return project(streams, phi, epsilon=config.norm_epsilon)
 
 
-def flattened(streams: Array, dtype: Any) -> Array:
-    *tokens, n, width = streams.shape
-    return streams.reshape(*tokens, n * width).astype(dtype)
-
-
 def _project_by_xla(streams: Array, phi: Array, *, epsilon: float) -> tuple[Array, Array]:
-    flat = flattened(streams, phi.dtype)
-    return jnp.matmul(flat, phi), norm.inverse_rms(flat, epsilon)
+    wide = streams.astype(phi.dtype)
+    return forms.projected(wide, phi), norm.inverse_rms(forms.flattened(wide), epsilon)
 
 
 def maps_from_normalized(
