@@ -12,7 +12,7 @@ A network is a chain of boundaries: `read` before its first branch, `write` afte
 (..., n * C): to part n from C is a copy on a TPU, so whoever carries streams through many boundaries carries them flat.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from mhc_jax.kernels import stream_boundary as kernels
 from mhc_jax.kernels.choice import Implementation, check_implementation, implemented
 from mhc_jax.streams import norm
 from mhc_jax.streams.config import StreamConfig
-from mhc_jax.streams.connect import reduce, write
+from mhc_jax.streams.connect import fitted, reduce, write
 from mhc_jax.streams.constraints import CONSTRAINTS
 from mhc_jax.streams.depth import scan_any
 from mhc_jax.streams.maps import (
@@ -64,7 +64,7 @@ def boundary(
 
     Raises:
         ValueError: if the shapes do not fit each other or `params`; "pallas" for a size that the kernels can't do.
-        TypeError: if the streams are not of a floating dtype, or the output has another; "pallas" for float64.
+        TypeError: if the streams are not of a floating dtype, or cannot hold the output's; "pallas" for float64.
 
     Source: arXiv 2512.24880, section 4.3.1 fuses parts of it.
 
@@ -104,8 +104,7 @@ def flat_boundary(
             f"the branch must keep the shape of its input: for streams {streams.shape} of {n} that is "
             f"{(*streams.shape[:-1], streams.shape[-1] // n)}, its output has {output.shape}"
         )
-    if output.dtype != streams.dtype:
-        raise TypeError(f"the branch must keep the dtype of the streams {streams.dtype}, its output has {output.dtype}")
+    output = fitted(output, streams.dtype)
     if post.shape != (*lead, n) or res.shape != (*lead, n, n):
         raise ValueError(
             f"post and res must have shapes {(*lead, n)} and {(*lead, n, n)}, got {post.shape} and {res.shape}"
@@ -277,12 +276,13 @@ class Connected(NamedTuple):
 
 
 def apply_branches(
-    layer: Callable[[Any], Sequence[Connected]],
+    layer: Callable[[Any], Iterable[Connected]],
     params: Any,
     x: Float[Array, "*tokens C"],
     streams: int,
     *,
     block_length: int = 1,
+    policy: Callable[..., bool] | None = None,
 ) -> Float[Array, "*tokens C"]:
     """A network of equal layers on n streams, as a scan over boundaries.
 
@@ -291,10 +291,11 @@ def apply_branches(
     nothing reads what the step before has just written.
 
     Args:
-        layer: from the parameters of one layer, its branches in their order. A branch keeps the shape and dtype of x.
+        layer: from the parameters of one layer, its branches in their order. A branch keeps the shape of x, and x can
+            hold its dtype.
         params: a pytree whose leaves have a leading axis of length L, the depth.
         streams: n, as in the configs of all branches.
-        block_length: as of `scan_layers`: of how many layers the streams are kept once.
+        block_length, policy: as of `scan_layers`: of how many layers the streams are kept once, and what else is.
 
     Raises:
         ValueError: if block_length does not divide L; as `boundary`.
@@ -328,9 +329,9 @@ def apply_branches(
             flat, h, post, res = flat_boundary(
                 maps_params, flat, output, post, res, config, implementation=implementation
             )
-            output = connected.branch(h)
+            output = fitted(connected.branch(h), flat.dtype)
         return flat, output, post, res
 
     wide = (*lead, streams * width), (*lead, streams, width)
-    flat, output, post, res = scan_any(step, params, first, block_length, wide, source=layer)
+    flat, output, post, res = scan_any(step, params, first, block_length, wide, source=layer, policy=policy)
     return reduce(_parted(_mixed(flat, output, post, res), streams))

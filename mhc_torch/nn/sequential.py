@@ -1,7 +1,7 @@
 """MHCSequential: a stack of branches whose outputs are mixed with the stack's own past states."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class MHCSequential(nn.Module):
         check_arithmetic(x)
         buffer = self.history_buffer
         states = buffer.with_state([] if self.clear_history_each_forward else buffer.get(), x)
-        tape = self._tape(x, len(states))
+        tape = tape_of(list(self.skip_layers), x, len(states), buffer.detach_history)
         for module, skip in zip(self.wrapped_modules, self.skip_layers, strict=True):
             if self.use_checkpointing and torch.is_grad_enabled():
                 branch = checkpoint(module, x, use_reentrant=False)
@@ -130,24 +130,24 @@ class MHCSequential(nn.Module):
             step[-1, window - len(alpha) :] = alpha
         return maps
 
-    def _tape(self, x: Inexact[Tensor, "*shape"], states: int) -> Tape | None:
-        """The logits of all layers, projected at once; the first layer sees so many `states`, each next one more.
 
-        None where they cannot be: skips that no longer share their settings project for themselves, and so do those
-        whose parameters are sharded (`fully_shard`), which are whole only inside of their own forward.
-        """
-        skips: list[Any] = list(self.skip_layers)
-        configs = [skip.config for skip in skips]
-        if not skips or configs.count(configs[0]) < len(skips) or configs[0].mode == "residual":
-            return None
-        first, each = skips[0], [skip.mixing_logits for skip in skips]
-        if any(type(logits) is not nn.Parameter and _private.holds_tensors(logits) for logits in each):
-            return None
-        logits = torch.stack(each)
-        window = logits.shape[1]
-        # Layer l has states + l past states; the columns c before those, c + l < window - states, are dead.
-        dead = (torch.arange(window + len(skips) - 1, device=logits.device) < window - states).unfold(0, window, 1)
-        gate_logits = torch.stack([skip.gate_logit for skip in skips]) if first.use_gating else None
-        weights = first.coefficients(logits.masked_fill(dead, -math.inf), gate_logits)
-        # Tensors that are kept without their graph get no gradient to share.
-        return Tape(x, weights, alone=states == 1 and not self.history_buffer.detach_history)
+def tape_of(skips: Sequence[Any], x: Float[Tensor, "*shape"], states: int, detach_history: bool) -> Tape | None:
+    """The logits of all layers, projected at once; the first layer sees so many `states`, each next one more.
+
+    None where they cannot be: skips that no longer share their settings project for themselves, and so do those
+    whose parameters are sharded (`fully_shard`), which are whole only inside of their own forward.
+    """
+    configs = [skip.config for skip in skips]
+    if not skips or configs.count(configs[0]) < len(skips) or configs[0].mode == "residual":
+        return None
+    first, each = skips[0], [skip.mixing_logits for skip in skips]
+    if any(type(logits) is not nn.Parameter and _private.holds_tensors(logits) for logits in each):
+        return None
+    logits = torch.stack(each)
+    window = logits.shape[1]
+    # Layer l has states + l past states; the columns c before those, c + l < window - states, are dead.
+    dead = (torch.arange(window + len(skips) - 1, device=logits.device) < window - states).unfold(0, window, 1)
+    gate_logits = torch.stack([skip.gate_logit for skip in skips]) if first.use_gating else None
+    weights = first.coefficients(logits.masked_fill(dead, -math.inf), gate_logits)
+    # Tensors that are kept without their graph get no gradient to share.
+    return Tape(x, weights, alone=states == 1 and not detach_history)
