@@ -149,7 +149,7 @@ def apply_layers_carrying(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _carrying(
-    function: Traced, detach_history: bool, shared: list[Array], layers: Any, x: State, weights: Array
+    function: Traced, detach_history: bool, shared: Shared, layers: Any, x: State, weights: Array
 ) -> tuple[State, Any]:
     width = weights.shape[1]
 

@@ -1,14 +1,10 @@
 """A decoder-only language model of the Llama and Qwen3 family, with a choice of how its layers are connected."""
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -16,7 +12,9 @@ from mhc_jax.history import History, MHCConfig, mix
 from mhc_jax.models import attention as kernels
 from mhc_jax.models.attention import named
 from mhc_jax.models.cache import KVCache, LayerCache
+from mhc_jax.models.config import DecoderConfig
 from mhc_jax.models.loss import cross_entropy
+from mhc_jax.models.rotary import rotary, rotate
 from mhc_jax.models.sampling import check_sampling, generate
 from mhc_jax.nn.hyper_connections import ConnectionMaps, StreamStack
 from mhc_jax.nn.stack import MHCStack
@@ -27,132 +25,6 @@ Connection = Literal["residual", "history", "streams"]
 
 REMAT_NAMES = ("query", "key", "value", "attention", "attention_out", "gate", "up", "mlp_out")
 """What of a layer `Decoder(remat=...)` can keep, in the order in which it is computed."""
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How Llama 3.1 and later stretch rotary positions to longer texts (`rope_type` "llama3" of transformers).
-
-    Args:
-        factor: by which slow frequencies are divided.
-        low_frequency, high_frequency: turns in `length` positions below which a frequency is slow, and from which on it
-            is fast, and left as it is; between them it is interpolated.
-        length: longest text before the stretching.
-    """
-
-    factor: float = 8.0
-    low_frequency: float = 1.0
-    high_frequency: float = 4.0
-    length: int = 8192
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """The sizes of a decoder, as a hashable value.
-
-    Args:
-        vocabulary: number of tokens V.
-        features: width C.
-        mlp_features: width of the SwiGLU network inside a layer.
-        depth: number of layers L.
-        num_heads: heads of the queries.
-        num_kv_heads: heads of keys and values, a divisor of num_heads; None is num_heads.
-        head_dim: width of a head, even; None is features / num_heads.
-        qk_norm: whether queries and keys get an RMSNorm a head, as in Qwen3.
-        tied: whether the output layer is the embedding.
-        rope_theta: base of the rotary frequencies.
-        rope_scaling: of Llama 3.1 and later.
-        norm_epsilon: added to the mean square in every RMSNorm.
-
-    Raises:
-        ValueError: a size is below 1, or one does not divide another as it must.
-
-    Example:
-        >>> DecoderConfig(256, features=64, mlp_features=192, depth=2, num_heads=4, num_kv_heads=2).head_width
-        16
-    """
-
-    vocabulary: int
-    features: int
-    mlp_features: int
-    depth: int
-    num_heads: int
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    qk_norm: bool = False
-    tied: bool = False
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    norm_epsilon: float = 1e-6
-
-    def __post_init__(self) -> None:
-        for name in ("vocabulary", "features", "mlp_features", "depth", "num_heads", "num_kv_heads", "head_dim"):
-            size = getattr(self, name)
-            optional = name in ("num_kv_heads", "head_dim")
-            if not (optional and size is None) and (not isinstance(size, int) or size < 1):
-                raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
-        if self.head_dim is None and self.features % self.num_heads:
-            raise ValueError(
-                f"features must be a multiple of num_heads={self.num_heads}, or head_dim given; got {self.features}"
-            )
-        if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads, got {self.kv_heads}")
-        if self.head_width % 2:
-            raise ValueError(f"head_dim must be even, for rotary positions, got {self.head_width}")
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values."""
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-
-    @property
-    def head_width(self) -> int:
-        """Width of one head."""
-        return self.features // self.num_heads if self.head_dim is None else self.head_dim
-
-    @classmethod
-    def from_transformers(cls, config: Any) -> "DecoderConfig":
-        """The sizes of a Llama or Qwen3 of transformers.
-
-        Args:
-            config: a `LlamaConfig` or `Qwen3Config`, or what their `config.json` holds.
-
-        Raises:
-            ValueError: it is of another model, or asks for something that this decoder does not do.
-        """
-        given = dict(config) if isinstance(config, Mapping) else config.to_dict()
-        if given.get("model_type") not in ("llama", "qwen3"):
-            raise ValueError(f"config: model_type must be 'llama' or 'qwen3', got {given.get('model_type')!r}")
-        plain = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
-        for name, value in plain.items():
-            if given.get(name, value) != value:
-                raise ValueError(f"config: {name} must be {value!r}, got {given[name]!r}")
-        # One dictionary since transformers 5; before, the base apart from the scaling, which plain models leave out.
-        rope = given.get("rope_parameters") or {
-            "rope_theta": given.get("rope_theta"),
-            **(given.get("rope_scaling") or {}),
-        }
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        if kind not in ("default", "llama3"):
-            raise ValueError(f"config: rope_type must be 'default' or 'llama3', got {kind!r}")
-        scaling = None
-        if kind == "llama3":
-            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            scaling = RopeScaling(*(rope[name] for name in names))
-        return cls(
-            vocabulary=given["vocab_size"],
-            features=given["hidden_size"],
-            mlp_features=given["intermediate_size"],
-            depth=given["num_hidden_layers"],
-            num_heads=given["num_attention_heads"],
-            num_kv_heads=given.get("num_key_value_heads"),
-            head_dim=given.get("head_dim"),
-            qk_norm=given["model_type"] == "qwen3",
-            tied=given.get("tie_word_embeddings", False),
-            rope_theta=rope.get("rope_theta") or 10_000.0,
-            rope_scaling=scaling,
-            norm_epsilon=given["rms_norm_eps"],
-        )
 
 
 class Attention(nnx.Module):
@@ -311,6 +183,8 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
+        if not isinstance(config, DecoderConfig):
+            raise TypeError(f"config must be of type DecoderConfig, got {config!r}")
         self.config = config
         self.state_dtype = state_dtype
         kind = {"attention": attention, "dtype": dtype, "param_dtype": param_dtype}
@@ -468,28 +342,10 @@ def as_connection(connection: Any, options: dict[str, Any]) -> MHCConfig | Strea
     config = named.get(connection, connection) if isinstance(connection, str) else connection
     if not isinstance(config, (MHCConfig, StreamConfig)):
         raise ValueError(f"connection must be one of {('residual', *named)} or a config of one, got {connection!r}")
-    return resolve(config, None, **options)
-
-
-def rotary(
-    config: DecoderConfig, positions: Int[Array, "B T"], dtype: Any
-) -> tuple[Float[Array, "B T 1 D/2"], Float[Array, "B T 1 D/2"]]:
-    """Cosine and sine of the rotary angles, in float32 at least; Su et al. 2021, arXiv 2104.09864."""
-    wide = jnp.promote_types(dtype, jnp.float32)
-    frequencies = config.rope_theta ** -(np.arange(0, config.head_width, 2) / config.head_width)
-    if scaling := config.rope_scaling:
-        turns = scaling.length * frequencies / (2 * math.pi)
-        fast = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
-        fast = np.clip(fast, 0, 1)
-        frequencies = frequencies * (fast + (1 - fast) / scaling.factor)
-    angles = positions[..., None, None].astype(wide) * jnp.asarray(frequencies, wide)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Float[Array, "B T N D"], cos: Array, sin: Array) -> Float[Array, "B T N D"]:
-    """Each feature of the first half of a head and its partner in the second, turned by the angle of the position."""
-    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    config = resolve(config, None, **options)
+    if isinstance(config, MHCConfig) and config.auto_project:
+        raise ValueError("auto_project: the layers of a decoder have one width")
+    return config
 
 
 def _heads(x: Array, config: DecoderConfig) -> Array:
