@@ -44,15 +44,22 @@ class Attention(nnx.Module):
             self.q_norm = _norm(config, config.head_width, dtype, param_dtype, rngs)
             self.k_norm = _norm(config, config.head_width, dtype, param_dtype, rngs)
 
-    def __call__(self, x: Float[Array, "B T C"], cache: LayerCache | None = None) -> Float[Array, "B T C"]:
+    def __call__(
+        self,
+        x: Float[Array, "B T C"],
+        cache: LayerCache | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T C"]:
         q, k, v = (_heads(project(x), self.config) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        past = 0 if cache is None else cache.length
-        cos, sin = rotary(self.config, past + jnp.arange(x.shape[1])[None], q.dtype)
+        if positions is None:
+            positions = (0 if cache is None else cache.length) + jnp.arange(x.shape[1])[None]
+        cos, sin = rotary(self.config, positions, q.dtype)
         q, k, v = named(rotate(q, cos, sin), "query"), named(rotate(k, cos, sin), "key"), named(v, "value")
         k, v, seen = (k, v, None) if cache is None else cache.append(k, v)
-        mixed = kernels.attend(q, k, v, seen, implementation=self.implementation)
+        mixed = kernels.attend(q, k, v, seen, segments=segments, implementation=self.implementation)
         mixed = named(mixed, "attention")
         return named(self.o_proj(mixed.reshape(*x.shape[:-1], -1)), "attention_out")
 
@@ -74,7 +81,8 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """What one layer adds to its input: a = attention(x);  f(x) = a + mlp(x + a).
 
-    With a residual connection around it, `x + f(x)`, it is the layer of Llama. Arguments as `Decoder`.
+    With a residual connection around it, `x + f(x)`, it is the layer of Llama. Arguments as `Decoder`; `context` of the
+    call are the further arguments of `Attention`.
     """
 
     def __init__(
@@ -85,16 +93,16 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = _norm(config, config.features, dtype, param_dtype, rngs)
         self.mlp = MLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def attend(self, x: Float[Array, "B T C"], cache: LayerCache | None = None) -> Float[Array, "B T C"]:
+    def attend(self, x: Float[Array, "B T C"], *context: Any) -> Float[Array, "B T C"]:
         """The first branch, attention after its norm."""
-        return self.self_attn(self.input_layernorm(x), cache)
+        return self.self_attn(self.input_layernorm(x), *context)
 
     def transform(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         """The second branch, SwiGLU after its norm."""
         return self.mlp(self.post_attention_layernorm(x))
 
-    def __call__(self, x: Float[Array, "B T C"], cache: LayerCache | None = None) -> Float[Array, "B T C"]:
-        attended = self.attend(x, cache)
+    def __call__(self, x: Float[Array, "B T C"], *context: Any) -> Float[Array, "B T C"]:
+        attended = self.attend(x, *context)
         return attended + self.transform(x + attended)
 
 
@@ -112,15 +120,16 @@ class StreamDecoderLayer(DecoderLayer):
     ) -> None:
         super().__init__(config, **options)
         kind: dict[str, Any] = {"config": streams, "implementation": implementation}
-        self.attn_hc = ConnectionMaps(config.features, layer_index=2 * index, **kind)
-        self.ffn_hc = ConnectionMaps(config.features, layer_index=2 * index + 1, **kind)
+        attention, mlp = ("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")
+        self.attn_hc = ConnectionMaps(config.features, layer_index=2 * index, branch_names=attention, **kind)
+        self.ffn_hc = ConnectionMaps(config.features, layer_index=2 * index + 1, branch_names=mlp, **kind)
 
-    def __call__(self, streams: Float[Array, "B T n C"], cache: LayerCache | None = None) -> Float[Array, "B T n C"]:
-        return self.ffn_hc.around(self.transform, self.attn_hc.around(self.attend, streams, cache))
+    def __call__(self, streams: Float[Array, "B T n C"], *context: Any) -> Float[Array, "B T n C"]:
+        return self.ffn_hc.around(self.transform, self.attn_hc.around(self.attend, streams, *context))
 
-    def connected(self) -> list[Connected]:
-        """The branches that a call without a cache is a chain of."""
-        return [self.attn_hc.connecting(self.attend), self.ffn_hc.connecting(self.transform)]
+    def connected(self, *context: Any) -> list[Connected]:
+        """The branches that a call is a chain of."""
+        return [self.attn_hc.connecting(self.attend, *context), self.ffn_hc.connecting(self.transform)]
 
 
 class Decoder(nnx.Module):
@@ -223,36 +232,60 @@ class Decoder(nnx.Module):
                 config.features, config.vocabulary, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
             )
 
-    def __call__(self, tokens: Int[Array, "B T"], cache: KVCache | None = None) -> Any:
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: KVCache | None = None,
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+    ) -> Any:
         """Tokens to the logits of the token after each, (B, T, V), in float32 at least.
 
         With a `cache` the tokens follow those that are in it, and the result is (logits, cache with these added); if
         they do not fit into it, logits are NaN.
-        """
-        if cache is None:
-            return self.logits(self.hidden(tokens))
-        hidden, cache = self.hidden(tokens, cache)
-        return self.logits(hidden), cache
 
-    def hidden(self, tokens: Int[Array, "B T"], cache: KVCache | None = None) -> Any:
+        Args:
+            positions: of the tokens; by default they are counted on from the cache, or from 0.
+            segments: where several texts lie in one row, which of them each token is of: it sees no other.
+        """
+        hidden = self.hidden(tokens, cache, positions=positions, segments=segments)
+        return self.logits(hidden) if cache is None else (self.logits(hidden[0]), hidden[1])
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: KVCache | None = None,
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+    ) -> Any:
         """What the output layer reads, (B, T, C); arguments and result otherwise as of the call.
 
         Raises:
-            ValueError: tokens are not integers of shape (B, T), or the cache is for another batch.
+            ValueError: tokens are not integers of shape (B, T), positions or segments are others; the cache is for
+                another batch, or given with segments.
         """
         if jnp.ndim(tokens) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers of shape (B, T), got {tokens.dtype}{list(jnp.shape(tokens))}")
+        for name, given in (("positions", positions), ("segments", segments)):
+            if given is not None and (given.shape != tokens.shape or not jnp.issubdtype(given.dtype, jnp.integer)):
+                shape = f"{given.dtype}{list(given.shape)}"
+                raise ValueError(f"{name} must be integers of tokens' shape {list(tokens.shape)}, got {shape}")
         x = self.embed_tokens(tokens)
         x = x.astype(self.state_dtype or x.dtype)
         if cache is None:
-            return self.norm(self.stack(x))
+            context = () if positions is None and segments is None else (None, positions, segments)
+            return self.norm(self.stack(x, *context))
+        if segments is not None:
+            raise ValueError("segments: a cache holds one text a row; call without a cache")
         if cache.keys.shape[1] != len(tokens):
             raise ValueError(f"cache is for a batch of {cache.keys.shape[1]}, tokens has one of {len(tokens)}")
         x = jnp.where(cache.length + tokens.shape[1] <= cache.keys.shape[2], x, jnp.nan)
-        x, cache = self._with_cache(x, cache)
+        x, cache = self._with_cache(x, cache, positions)
         return self.norm(x), cache
 
-    def _with_cache(self, x: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    def _with_cache(self, x: Array, cache: KVCache, positions: Array | None) -> tuple[Array, KVCache]:
         """The stack, layer by layer in a scan without derivatives of its own, which keys and values go along with."""
         stack: Any = self.stack
         graphdef, params = nnx.split(stack.layers)
@@ -264,7 +297,7 @@ class Decoder(nnx.Module):
             state, x, keys, values = carry
             params, weights, index = layer
             here = LayerCache(keys, values, cache.length, index)
-            y = nnx.merge(graphdef, params)(x, here)
+            y = nnx.merge(graphdef, params)(x, here, positions)
             x = y if streams else mix(y.astype(x.dtype), state.window, weights)
             return (y if streams else state.push(x), x, here.keys, here.values), None
 
@@ -307,19 +340,31 @@ class Decoder(nnx.Module):
         return generate(graphdef, state, tokens, key, temperature, steps=steps, top_k=top_k, greedy=greedy)
 
     def loss(
-        self, tokens: Int[Array, "B T"], targets: Int[Array, "B T"] | None = None, *, chunk: int = 512
+        self,
+        tokens: Int[Array, "B T"],
+        targets: Int[Array, "B T"] | None = None,
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+        chunk: int = 512,
     ) -> Float[Array, ""]:
         """Mean cross-entropy in nats; the logits of `chunk` positions of each sequence live at a time.
 
         Args:
             tokens: what the model reads.
             targets: the token after each, negative where none counts; None for `tokens` one position further on, and
-                then the last token is a target only.
+                then the last token is a target only, and the first of a segment counts for none.
+            positions, segments: as of the call.
             chunk: as of `cross_entropy`.
         """
         if targets is None:
             tokens, targets = tokens[:, :-1], tokens[:, 1:]
-        return cross_entropy(self.hidden(tokens), self.output_kernel, targets, chunk=chunk)
+            positions = None if positions is None else positions[:, :-1]
+            if segments is not None:
+                targets = jnp.where(segments[:, 1:] == segments[:, :-1], targets, -1)
+                segments = segments[:, :-1]
+        hidden = self.hidden(tokens, positions=positions, segments=segments)
+        return cross_entropy(hidden, self.output_kernel, targets, chunk=chunk)
 
     @property
     def output_kernel(self) -> Float[Array, "C V"]:

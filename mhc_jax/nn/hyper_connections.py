@@ -1,7 +1,8 @@
 """HyperConnections: n residual streams around a branch, as `mhc_jax.streams` defines them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, reduce
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -23,7 +24,11 @@ from mhc_jax.streams.config import DEFAULTS
 
 
 class ConnectionMaps(nnx.Module):
-    """`HyperConnections` of a branch that is held elsewhere, and given to `around`; all else as there."""
+    """`HyperConnections` of a branch that is held elsewhere, and given to `around`; all else as there.
+
+    Args:
+        branch_names: of the modules beside this one that make up the branch, for the norm of its gradient.
+    """
 
     def __init__(
         self,
@@ -32,8 +37,10 @@ class ConnectionMaps(nnx.Module):
         config: StreamConfig | None = None,
         layer_index: int | Array = 0,
         implementation: Implementation = None,
+        branch_names: tuple[str, ...] = (),
         **options: Any,
     ) -> None:
+        self.branch_names = branch_names
         self.config = resolve(DEFAULTS, config, **options)
         self.implementation = implementation
         phi, alpha, bias = functional.init_params(self.config, width, layer_index)
@@ -53,6 +60,10 @@ class ConnectionMaps(nnx.Module):
         """H_res X + H_post^T branch(H_pre X) of the streams X. Further arguments reach the branch."""
         connected = functional.wrap(branch, self.config, implementation=self.implementation)
         return connected(self.params(), streams, *args, **kwargs)
+
+    def branch_gradients(self, own: Mapping[str, Any], beside: Mapping[str, Any]) -> Any:
+        """Those of the branch, out of the gradients of this module and of the one that holds it."""
+        return [beside.get(name, {}) for name in self.branch_names]
 
     def connecting(self, branch: Callable[..., Array], *args: Any, **kwargs: Any) -> Connected:
         """What `around` does, for `streams.apply_branches`."""
@@ -106,6 +117,10 @@ class HyperConnections(ConnectionMaps):
 
     def __call__(self, streams: Float[Array, "*tokens n C"], *args: Any, **kwargs: Any) -> Float[Array, "*tokens n C"]:
         return self.around(self.branch, streams, *args, **kwargs)
+
+    def branch_gradients(self, own: Mapping[str, Any], beside: Mapping[str, Any]) -> Any:
+        """Those of the branch, out of the gradients of this module."""
+        return own.get("branch", {})
 
     def connected(self, *args: Any, **kwargs: Any) -> list[Connected]:
         """The branches that a call with these further arguments is a chain of: its own."""
@@ -276,15 +291,15 @@ def _stream_figures(layers: nnx.Module, grads: nnx.State) -> dict[str, Array]:
     """The figures of all hyper-connections of a layer whose variables have a leading axis of depth."""
     figures = []
     for path, connection in _branches(layers):
-        own = reduce(lambda tree, key: tree[key], path, grads)
+        *_, beside, own = {}, *accumulate(path, lambda tree, key: tree[key], initial=grads)
         learned = {name: own[name] for name in ("phi", "alpha", "bias") if name in own}
         found = jax.vmap(partial(_bias_maps, connection.config))(connection.bias[...])._asdict()
         if connection.alpha is not None:
             found["alpha"] = connection.alpha[...]
         found["maps_grad_norm"] = jax.vmap(optax.tree.norm)(learned)
-        if isinstance(connection, HyperConnections):
-            # The zeros stand for a branch without parameters.
-            found["grad_norm"] = jax.vmap(optax.tree.norm)((own.get("branch", {}), jnp.zeros_like(found["pre"])))
+        # The zeros stand for a branch without parameters.
+        branch = connection.branch_gradients(own, beside)
+        found["grad_norm"] = jax.vmap(optax.tree.norm)((branch, jnp.zeros_like(found["pre"])))
         figures.append(found)
     # All branches of the first layer, then those of the second.
     merged = {name: jnp.stack([found[name] for found in figures], 1) for name in figures[0]}

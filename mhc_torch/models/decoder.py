@@ -16,7 +16,7 @@ from mhc_torch.models.loss import cross_entropy
 from mhc_torch.models.rotary import rotary, rotate
 from mhc_torch.models.sampling import check_sampling, sample
 from mhc_torch.nn.hyper_connections import ConnectionMaps
-from mhc_torch.nn.sequential import tape_of
+from mhc_torch.nn.sequential import tape_of, window_maps
 from mhc_torch.nn.skip import MHCSkip
 from mhc_torch.options import resolve
 from mhc_torch.streams import StreamConfig, expand, reduce
@@ -39,17 +39,27 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_width, eps=config.norm_epsilon)
             self.k_norm = nn.RMSNorm(config.head_width, eps=config.norm_epsilon)
 
-    def forward(self, x: Float[Tensor, "B T C"], cache: KVCache | None = None) -> Float[Tensor, "B T C"]:
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        cache: KVCache | None = None,
+        positions: Int[Tensor, "B T"] | None = None,
+        segments: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T C"]:
         q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         past = 0 if cache is None or self.index not in cache.layers else cache.layers[self.index][0].shape[2]
-        cos, sin = rotary(self.config, torch.arange(past, past + x.shape[1], device=x.device), q.dtype)
+        if positions is None:
+            positions = torch.arange(past, past + x.shape[1], device=x.device)[None]
+        cos, sin = rotary(self.config, positions, q.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
-        seen = _seen(x.shape[1], past, x.device) if past and x.shape[1] > 1 else None
+        # What needs no mask may run in a kernel that knows what causal is.
+        masked = segments is not None or (past and x.shape[1] > 1)
+        seen = _seen(x.shape[1], past, x.device, segments) if masked else None
         causal = seen is None and not past
         mixed = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, enable_gqa=k.shape[1] < q.shape[1])
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
@@ -74,7 +84,8 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """What one layer adds to its input: a = attention(x);  f(x) = a + mlp(x + a).
 
-    With a residual connection around it, `x + f(x)`, it is the layer of Llama. `skip` mixes the history into it.
+    With a residual connection around it, `x + f(x)`, it is the layer of Llama. `skip` mixes the history into it;
+    `context` of the call are the further arguments of `Attention`.
     """
 
     def __init__(self, config: DecoderConfig, index: int, skip: MHCSkip | None = None) -> None:
@@ -86,16 +97,16 @@ class DecoderLayer(nn.Module):
         if skip is not None:
             self.skip = skip
 
-    def attend(self, x: Float[Tensor, "B T C"], cache: KVCache | None = None) -> Float[Tensor, "B T C"]:
+    def attend(self, x: Float[Tensor, "B T C"], *context: Any) -> Float[Tensor, "B T C"]:
         """The first branch, attention after its norm."""
-        return self.self_attn(self.input_layernorm(x), cache)
+        return self.self_attn(self.input_layernorm(x), *context)
 
     def transform(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
         """The second branch, SwiGLU after its norm."""
         return self.mlp(self.post_attention_layernorm(x))
 
-    def forward(self, x: Float[Tensor, "B T C"], cache: KVCache | None = None) -> Float[Tensor, "B T C"]:
-        attended = self.attend(x, cache)
+    def forward(self, x: Float[Tensor, "B T C"], *context: Any) -> Float[Tensor, "B T C"]:
+        attended = self.attend(x, *context)
         return attended + self.transform(x + attended)
 
 
@@ -104,11 +115,12 @@ class StreamDecoderLayer(DecoderLayer):
 
     def __init__(self, config: DecoderConfig, index: int, streams: StreamConfig) -> None:
         super().__init__(config, index)
-        self.attn_hc = ConnectionMaps(config.features, streams, 2 * index)
-        self.ffn_hc = ConnectionMaps(config.features, streams, 2 * index + 1)
+        attention, mlp = ("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")
+        self.attn_hc = ConnectionMaps(config.features, streams, 2 * index, branch_names=attention)
+        self.ffn_hc = ConnectionMaps(config.features, streams, 2 * index + 1, branch_names=mlp)
 
-    def forward(self, streams: Float[Tensor, "B T n C"], cache: KVCache | None = None) -> Float[Tensor, "B T n C"]:
-        return self.ffn_hc.around(self.transform, self.attn_hc.around(self.attend, streams, cache))
+    def forward(self, streams: Float[Tensor, "B T n C"], *context: Any) -> Float[Tensor, "B T n C"]:
+        return self.ffn_hc.around(self.transform, self.attn_hc.around(self.attend, streams, *context))
 
     def mixed_states(self, streams: Tensor, *_: Any) -> list[Tensor]:
         """The states that a call mixes."""
@@ -125,33 +137,43 @@ class DecoderStack(nn.ModuleList):
             super().__init__(StreamDecoderLayer(config, index, connection) for index in indices)
         elif connection is not None:
             super().__init__(DecoderLayer(config, index, MHCSkip(config=connection)) for index in indices)
+            for index, layer in enumerate(self):
+                layer.skip.live = min(index + 1, connection.max_history)  # type: ignore[union-attr, assignment]
         else:
             super().__init__(DecoderLayer(config, index) for index in indices)
 
-    def forward(self, x: Float[Tensor, "B T C"], cache: KVCache | None = None) -> Float[Tensor, "B T C"]:
+    def forward(self, x: Float[Tensor, "B T C"], *context: Any) -> Float[Tensor, "B T C"]:
         if isinstance(self.connection, MHCConfig):
-            return self._with_history(x, self.connection, cache)
+            return self._with_history(x, self.connection, *context)
         streams = isinstance(self.connection, StreamConfig)
         x = expand(x, self.connection.streams) if isinstance(self.connection, StreamConfig) else x
         for layer in self:
-            y = self._run(layer, x, cache)
+            y = self._run(layer, x, *context)
             x = y if streams else x + y
         return reduce(x) if streams else x
 
-    def _with_history(self, x: Tensor, config: MHCConfig, cache: KVCache | None) -> Tensor:
+    def residual_maps(self) -> Float[Tensor, "L n n"]:
+        """What each layer does to the window of states, or to the streams, without its branches; float64."""
+        layers: Any = self
+        if isinstance(self.connection, StreamConfig):
+            maps = [hc.resting_maps().res.double() for layer in layers for hc in (layer.attn_hc, layer.ffn_hc)]
+            return torch.stack(maps)
+        return window_maps([layer.skip for layer in layers] if self.connection else [])
+
+    def _with_history(self, x: Tensor, config: MHCConfig, *context: Any) -> Tensor:
         layers: Any = self
         kept = config.max_history, config.detach_history
         states = appended([], x, *kept)
         tape = tape_of([layer.skip for layer in layers], x, len(states), config.detach_history)
         for layer in layers:
-            x = layer.skip(self._run(layer, x, cache), states, tape)
+            x = layer.skip(self._run(layer, x, *context), states, tape)
             states = appended(states, x, *kept)
         return x
 
-    def _run(self, layer: nn.Module, x: Tensor, cache: KVCache | None) -> Tensor:
+    def _run(self, layer: nn.Module, x: Tensor, *context: Any) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, x, cache, use_reentrant=False)
-        return layer(x, cache)
+            return checkpoint(layer, x, *context, use_reentrant=False)
+        return layer(x, *context)
 
 
 class DecoderModel(nn.Module):
@@ -164,8 +186,8 @@ class DecoderModel(nn.Module):
         self.layers = DecoderStack(config, connection, checkpointing)
         self.norm = nn.RMSNorm(config.features, eps=config.norm_epsilon)
 
-    def forward(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T C"]:
-        return self.norm(self.layers(self.embed_tokens(tokens), cache))
+    def forward(self, tokens: Int[Tensor, "B T"], *context: Any) -> Float[Tensor, "B T C"]:
+        return self.norm(self.layers(self.embed_tokens(tokens), *context))
 
 
 class Decoder(nn.Module):
@@ -209,35 +231,73 @@ class Decoder(nn.Module):
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T V"]:
-        """Tokens to the logits of the token after each, in float32 at least; with a cache, they follow those in it."""
-        logits = self.lm_head(self.hidden(tokens, cache))
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        cache: KVCache | None = None,
+        *,
+        positions: Int[Tensor, "B T"] | None = None,
+        segments: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        """Tokens to the logits of the token after each, in float32 at least; with a cache, they follow those in it.
+
+        Args:
+            positions: of the tokens; by default they are counted on from the cache, or from 0.
+            segments: where several texts lie in one row, which of them each token is of: it sees no other.
+        """
+        logits = self.lm_head(self.hidden(tokens, cache, positions=positions, segments=segments))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def hidden(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T C"]:
+    def hidden(
+        self,
+        tokens: Int[Tensor, "B T"],
+        cache: KVCache | None = None,
+        *,
+        positions: Int[Tensor, "B T"] | None = None,
+        segments: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T C"]:
         """What the output layer reads.
 
         Raises:
-            ValueError: tokens are not integers of shape (B, T).
+            ValueError: tokens are not integers of shape (B, T), positions or segments are others; segments are given
+                with a cache.
         """
         if tokens.ndim != 2 or tokens.is_floating_point():
             raise ValueError(f"tokens must be integers of shape (B, T), got {tokens.dtype}{list(tokens.shape)}")
-        return self.model(tokens, cache)
+        for name, given in (("positions", positions), ("segments", segments)):
+            if given is not None and (given.shape != tokens.shape or given.is_floating_point()):
+                shape = f"{given.dtype}{list(given.shape)}"
+                raise ValueError(f"{name} must be integers of tokens' shape {list(tokens.shape)}, got {shape}")
+        if cache is not None and segments is not None:
+            raise ValueError("segments: a cache holds one text a row; call without a cache")
+        return self.model(tokens, cache, positions, segments)
 
     def loss(
-        self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"] | None = None, *, chunk: int = 512
+        self,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"] | None = None,
+        *,
+        positions: Int[Tensor, "B T"] | None = None,
+        segments: Int[Tensor, "B T"] | None = None,
+        chunk: int = 512,
     ) -> Float[Tensor, ""]:
         """Mean cross-entropy in nats; the logits of `chunk` positions of each sequence live at a time.
 
         Args:
             tokens: what the model reads.
             targets: the token after each, negative where none counts; None for `tokens` one position further on, and
-                then the last token is a target only.
+                then the last token is a target only, and the first of a segment counts for none.
+            positions, segments: as of the call.
             chunk: as of `cross_entropy`.
         """
         if targets is None:
             tokens, targets = tokens[:, :-1], tokens[:, 1:]
-        return cross_entropy(self.hidden(tokens), self.lm_head.weight, targets, chunk=chunk)
+            positions = None if positions is None else positions[:, :-1]
+            if segments is not None:
+                targets = torch.where(segments[:, 1:] == segments[:, :-1], targets, -1)
+                segments = segments[:, :-1]
+        hidden = self.hidden(tokens, positions=positions, segments=segments)
+        return cross_entropy(hidden, self.lm_head.weight, targets, chunk=chunk)
 
     @torch.no_grad()
     def generate(
@@ -289,9 +349,10 @@ def as_connection(connection: Any, options: dict[str, Any]) -> MHCConfig | Strea
     return config
 
 
-def _seen(length: int, past: int, device: torch.device) -> Bool[Tensor, "T S"]:
+def _seen(length: int, past: int, device: torch.device, segments: Tensor | None) -> Bool[Tensor, "#B 1 T S"]:
     """Which of past + length keys each of `length` new queries sees."""
-    return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
+    seen = torch.ones(1, 1, length, past + length, dtype=torch.bool, device=device).tril(past)
+    return seen if segments is None else seen & (segments[:, None, :, None] == segments[:, None, None, :])
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:

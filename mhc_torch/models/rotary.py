@@ -10,8 +10,8 @@ from mhc_torch.models.config import DecoderConfig
 
 
 def rotary(
-    config: DecoderConfig, positions: Int[Tensor, " T"], dtype: torch.dtype
-) -> tuple[Float[Tensor, "T D/2"], Float[Tensor, "T D/2"]]:
+    config: DecoderConfig, positions: Int[Tensor, "B T"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "B 1 T D/2"], Float[Tensor, "B 1 T D/2"]]:
     """Cosine and sine of the rotary angles, in float32 at least."""
     wide = torch.promote_types(dtype, torch.float32)
     halves = torch.arange(0, config.head_width, 2, dtype=torch.float64, device=positions.device)
@@ -21,7 +21,7 @@ def rotary(
         fast = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
         fast = fast.clamp(0, 1)
         frequencies = frequencies * (fast + (1 - fast) / scaling.factor)
-    angles = positions[:, None].to(wide) * frequencies.to(wide)
+    angles = positions[:, None, :, None].to(wide) * frequencies.to(wide)
     return angles.cos(), angles.sin()
 
 

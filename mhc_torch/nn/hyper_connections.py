@@ -39,6 +39,7 @@ class ConnectionMaps(nn.Module):
         width: features C of one stream.
         config: all options of the maps.
         layer_index: which branch of the network this is, counted from 0.
+        branch_names: of the modules beside this one that make up the branch, for the norm of its gradient.
         **factory: dtype and device of the parameters.
     """
 
@@ -46,11 +47,14 @@ class ConnectionMaps(nn.Module):
     alpha: nn.Parameter | None
     bias: nn.Parameter
 
-    def __init__(self, width: int, config: StreamConfig, layer_index: int, **factory: Any) -> None:
+    def __init__(
+        self, width: int, config: StreamConfig, layer_index: int, branch_names: tuple[str, ...] = (), **factory: Any
+    ) -> None:
         super().__init__()
         _check_width(width)
         self.config = config
         self.layer_index = layer_index
+        self.branch_names = branch_names
         shapes = {"phi": (config.streams * width, config.logits), "alpha": (3,), "bias": (config.logits,)}
         for name, shape in shapes.items():
             exists = config.dynamic or name == "bias"

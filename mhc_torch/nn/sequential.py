@@ -119,16 +119,20 @@ class MHCSequential(nn.Module):
 
     def residual_maps(self) -> Float[Tensor, "L H H"]:
         """What each layer does to the window: the oldest state drops out, the weighted sum comes in; float64."""
-        skips: list[Any] = list(self.skip_layers)
-        window = max((skip.max_history for skip in skips), default=0)
-        maps = torch.eye(window, dtype=torch.float64).roll(-1, 0).repeat(len(skips), 1, 1)
-        for step, skip in zip(maps, skips, strict=True):
-            alpha = whole(skip.mixing_weights()).double().cpu()
-            if skip.use_gating:
-                alpha *= whole(skip.gate_logit).double().sigmoid().cpu()
-            step[-1] = 0
-            step[-1, window - len(alpha) :] = alpha
-        return maps
+        return window_maps(list(self.skip_layers))
+
+
+def window_maps(skips: Sequence[Any]) -> Float[Tensor, "L H H"]:
+    """As `MHCSequential.residual_maps`, of the skips of all layers in turn."""
+    window = max((skip.max_history for skip in skips), default=0)
+    maps = torch.eye(window, dtype=torch.float64).roll(-1, 0).repeat(len(skips), 1, 1)
+    for step, skip in zip(maps, skips, strict=True):
+        alpha = whole(skip.mixing_weights()).double().cpu()
+        if skip.use_gating:
+            alpha *= whole(skip.gate_logit).double().sigmoid().cpu()
+        step[-1] = 0
+        step[-1, window - len(alpha) :] = alpha
+    return maps
 
 
 def tape_of(skips: Sequence[Any], x: Float[Tensor, "*shape"], states: int, detach_history: bool) -> Tape | None:

@@ -73,6 +73,10 @@ def test_the_bridge_moves_and_verifies_it(connection):
 
     tokens = torch.from_numpy(TOKENS)
     np.testing.assert_allclose(model.loss(jnp.asarray(TOKENS), chunk=5), twin.loss(tokens, chunk=3).item(), rtol=1e-5)
+    positions, segments = np.arange(9)[::-1] * np.ones((2, 1), int), np.sort(TOKENS // 30)
+    packed = model(jnp.asarray(TOKENS), positions=jnp.asarray(positions), segments=jnp.asarray(segments))
+    theirs = twin(tokens, positions=torch.from_numpy(positions), segments=torch.from_numpy(segments))
+    np.testing.assert_allclose(packed, theirs.detach(), atol=1e-4)
     generated = model.generate(jnp.asarray(TOKENS), 5)
     np.testing.assert_array_equal(generated, twin.generate(tokens, 5))
 

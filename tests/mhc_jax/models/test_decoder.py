@@ -28,6 +28,7 @@ CONFIG = DecoderConfig(
     rope_scaling=RopeScaling(factor=4.0, low_frequency=1.0, high_frequency=4.0, length=40),
 )
 TOKENS = jnp.array([[1, 5, 2, 7, 3, 12], [4, 4, 0, 9, 6, 11]])
+POSITIONS = jnp.array([[0, 1, 3, 4, 9, 10], [5, 4, 3, 2, 1, 0]])
 OPTIONS = {"residual": {}, "history": {"max_history": 2, "init": "uniform"}, "streams": {"streams": 2}}
 
 
@@ -39,7 +40,7 @@ def rms(x, scale):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
 
 
-def turned(x):
+def turned(x, positions):
     """Rotary positions as complex numbers: feature i and i + 3 of a head are one number that turns."""
     frequencies = 100.0 ** -(np.arange(3) / 3)
     stretched = []
@@ -51,16 +52,16 @@ def turned(x):
             share = (turns - 1) / 3
             frequency = share * frequency + (1 - share) * frequency / 4
         stretched.append(frequency)
-    numbers = (x[:, :3] + 1j * x[:, 3:]) * np.exp(1j * np.outer(np.arange(len(x)), stretched))
+    numbers = (x[:, :3] + 1j * x[:, 3:]) * np.exp(1j * np.outer(positions, stretched))
     return np.concatenate([numbers.real, numbers.imag], axis=-1)
 
 
-def attention(x, p):
+def attention(x, p, positions):
     out = []
     for head in range(4):
         part, shared = slice(6 * head, 6 * head + 6), slice(6 * (head // 2), 6 * (head // 2) + 6)
-        q = turned(rms(x @ p["q_proj"]["kernel"][:, part], p["q_norm"]["scale"]))
-        k = turned(rms(x @ p["k_proj"]["kernel"][:, shared], p["k_norm"]["scale"]))
+        q = turned(rms(x @ p["q_proj"]["kernel"][:, part], p["q_norm"]["scale"]), positions)
+        k = turned(rms(x @ p["k_proj"]["kernel"][:, shared], p["k_norm"]["scale"]), positions)
         v = x @ p["v_proj"]["kernel"][:, shared]
         rows = []
         for t in range(len(x)):
@@ -75,14 +76,14 @@ def mlp(x, p):
     return (gate / (1 + np.exp(-gate)) * (x @ p["up_proj"]["kernel"])) @ p["down_proj"]["kernel"]
 
 
-def expected_logits(model, tokens, mixed):
+def expected_logits(model, tokens, positions, mixed):
     """In float64; `mixed(states)` is what a layer adds its output to."""
     values = jax.tree.map(lambda leaf: np.asarray(leaf, float), nnx.to_pure_dict(nnx.state(model)))
     states = [values["embed_tokens"]["embedding"][tokens]]
     for layer in range(3):
         p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], values["stack"]["layers"])
         x = states[-1]
-        a = attention(rms(x, p["input_layernorm"]["scale"]), p["self_attn"])
+        a = attention(rms(x, p["input_layernorm"]["scale"]), p["self_attn"], positions)
         m = mlp(rms(x + a, p["post_attention_layernorm"]["scale"]), p["mlp"])
         states.append(a + m + mixed(states))
     return rms(states[-1], values["norm"]["scale"]) @ values["lm_head"]["kernel"]
@@ -97,17 +98,18 @@ def test_the_model_is_its_mathematics(connection):
     # Streams start as the residual network, but for the 1e-3 that their maps are off it.
     mixed = (lambda states: np.mean(states[-2:], axis=0)) if connection == "history" else lambda states: states[-1]
     tolerance = 5e-3 if connection == "streams" else 2e-5
-    for logits, tokens in zip(model(TOKENS), np.asarray(TOKENS), strict=True):
-        np.testing.assert_allclose(logits, expected_logits(model, tokens, mixed), atol=tolerance)
+    given = np.asarray(TOKENS), np.asarray(POSITIONS)
+    for logits, tokens, positions in zip(model(TOKENS, positions=POSITIONS), *given, strict=True):
+        np.testing.assert_allclose(logits, expected_logits(model, tokens, positions, mixed), atol=tolerance)
 
 
 @pytest.mark.parametrize("connection", OPTIONS)
 def test_the_cache_gives_what_the_whole_sequence_gives(connection):
     model = decoder(connection)
-    whole = model(TOKENS)
-    first, cache = model(TOKENS[:, :2], model.init_cache(2, 6))
-    rest, cache = model(TOKENS[:, 2:5], cache)
-    last, full = model(TOKENS[:, 5:], cache)
+    whole = model(TOKENS, positions=POSITIONS)
+    first, cache = model(TOKENS[:, :2], model.init_cache(2, 6), positions=POSITIONS[:, :2])
+    rest, cache = model(TOKENS[:, 2:5], cache, positions=POSITIONS[:, 2:5])
+    last, full = model(TOKENS[:, 5:], cache, positions=POSITIONS[:, 5:])
     np.testing.assert_allclose(jnp.concatenate([first, rest, last], axis=1), whole, atol=1e-5)
     assert full.length == 6
     assert jnp.isnan(model(TOKENS[:, :1], full)[0]).all()  # there is no seventh place
@@ -116,6 +118,22 @@ def test_the_cache_gives_what_the_whole_sequence_gives(connection):
     for _ in range(4):
         tokens = jnp.concatenate([tokens, model(tokens)[:, -1:].argmax(-1)], axis=1)
     np.testing.assert_array_equal(model.generate(TOKENS[:, :3], 4), tokens)
+
+
+@pytest.mark.parametrize("connection", OPTIONS)
+def test_texts_in_one_row_do_not_see_each_other(connection):
+    graphdef, params = nnx.split(decoder(connection))
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params, tokens, segments=None):
+        return nnx.merge(graphdef, params).loss(tokens, segments=segments)
+
+    found, expected = (
+        loss(params, TOKENS, jnp.array([[0, 0, 0, 1, 1, 1], [7, 7, 7, 2, 2, 2]])),
+        loss(params, TOKENS.reshape(4, 3)),
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
 
 
 def test_drawing_follows_the_distribution_and_stays_among_the_likeliest():
@@ -209,12 +227,13 @@ def test_parameters_can_be_of_low_precision():
     assert model.hidden(TOKENS).dtype == jnp.bfloat16
 
 
-def test_the_fused_kernel_of_a_tpu_computes_the_plain_form():
+@pytest.mark.parametrize("segments", [None, jnp.repeat(jnp.array([[4, 1, 9]]), jnp.array([50, 60, 18]), axis=1)])
+def test_the_fused_kernel_of_a_tpu_computes_the_plain_form(segments):
     q, k, v = (jax.random.normal(jax.random.key(i), (1, 128, heads, 64)) for i, heads in enumerate((2, 1, 1)))
     cotangent = jax.random.normal(jax.random.key(3), q.shape)
-    plain, pullback = jax.vjp(lambda *a: attend(*a, implementation="plain"), q, k, v)
+    plain, pullback = jax.vjp(lambda *a: attend(*a, segments=segments, implementation="plain"), q, k, v)
     with pltpu.force_tpu_interpret_mode():
-        fused, fused_pullback = jax.vjp(_splash, q, k, v)
+        fused, fused_pullback = jax.vjp(lambda *a: _splash(*a, segments), q, k, v)
         gradients = fused_pullback(cotangent)
     np.testing.assert_allclose(fused, plain, atol=2e-5)
     for ours, theirs in zip(gradients, pullback(cotangent), strict=True):
@@ -253,6 +272,9 @@ def test_bad_input_is_named():
     for call, text in [
         (lambda: model(TOKENS[0]), r"tokens must be integers of shape \(B, T\), got int32\[6\]"),
         (lambda: model(TOKENS.astype(float)), "tokens must be integers"),
+        (lambda: model(TOKENS, segments=TOKENS[:, :5]), r"segments must be integers of tokens' shape \[2, 6\]"),
+        (lambda: model(TOKENS, positions=TOKENS / 2), r"positions must be .* got float32\[2, 6\]"),
+        (lambda: model(TOKENS, model.init_cache(2, 6), segments=TOKENS), "segments: a cache holds one text a row"),
         (lambda: model(TOKENS, model.init_cache(3, 8)), "cache is for a batch of 3, tokens has one of 2"),
         (lambda: model.init_cache(2, 0), "size must be at least 1, got 0"),
         (lambda: model.generate(TOKENS, 0), "steps must be at least 1, got 0"),

@@ -9,6 +9,7 @@ from mhc_torch.models import Decoder, DecoderConfig, KVCache, cross_entropy
 
 CONFIG = DecoderConfig(13, features=16, mlp_features=20, depth=3, num_heads=4, num_kv_heads=2, qk_norm=True)
 TOKENS = torch.tensor([[1, 5, 2, 7, 3, 12], [4, 4, 0, 9, 6, 11]])
+POSITIONS = torch.tensor([[0, 1, 3, 4, 9, 10], [5, 4, 3, 2, 1, 0]])
 OPTIONS = {"residual": {}, "history": {"max_history": 2, "init": "uniform"}, "streams": {"streams": 2}}
 
 
@@ -20,8 +21,10 @@ def decoder(connection, **options):
 @pytest.mark.parametrize("connection", OPTIONS)
 def test_the_cache_gives_what_the_whole_sequence_gives(connection):
     model = decoder(connection)
-    whole, cache = model(TOKENS), KVCache()
-    parts = [model(TOKENS[:, part], cache) for part in (slice(0, 2), slice(2, 5), slice(5, 6))]
+    whole, cache = model(TOKENS, positions=POSITIONS), KVCache()
+    parts = [
+        model(TOKENS[:, part], cache, positions=POSITIONS[:, part]) for part in (slice(0, 2), slice(2, 5), slice(5, 6))
+    ]
     torch.testing.assert_close(torch.cat(parts, 1), whole)
     assert len(cache) == 6
 
@@ -29,6 +32,17 @@ def test_the_cache_gives_what_the_whole_sequence_gives(connection):
     for _ in range(4):
         tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
     assert torch.equal(model.generate(TOKENS[:, :3], 4), tokens)
+
+
+@pytest.mark.parametrize("connection", OPTIONS)
+def test_texts_in_one_row_do_not_see_each_other(connection):
+    model = decoder(connection, use_checkpointing=True)
+    packed = model.loss(TOKENS, segments=torch.tensor([[0, 0, 0, 1, 1, 1], [7, 7, 7, 2, 2, 2]]))
+    alone = model.loss(TOKENS.reshape(4, 3))
+    torch.testing.assert_close(packed, alone)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for one, other in zip(torch.autograd.grad(packed, trained), torch.autograd.grad(alone, trained), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_drawing_stays_among_the_likeliest():
@@ -102,6 +116,9 @@ def test_bad_input_is_named():
     model = decoder("residual")
     for call, text in [
         (lambda: model(TOKENS[0]), r"tokens must be integers of shape \(B, T\), got torch.int64\[6\]"),
+        (lambda: model(TOKENS, segments=TOKENS[:, :5]), r"segments must be integers of tokens' shape \[2, 6\]"),
+        (lambda: model(TOKENS, positions=TOKENS / 2), r"positions must be .* got torch.float32\[2, 6\]"),
+        (lambda: model(TOKENS, KVCache(), segments=TOKENS), "segments: a cache holds one text a row"),
         (lambda: model.generate(TOKENS, 0), "steps must be at least 1, got 0"),
         (lambda: model.generate(TOKENS, 1, temperature=-1.0), "temperature must be finite and not negative"),
         (lambda: model.generate(TOKENS, 1, top_k=14), r"top_k must be in 1\.\.13, got 14"),
