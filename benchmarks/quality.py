@@ -79,8 +79,8 @@ class Digits(nnx.Module):
 class PlainLayer(DecoderLayer):
     """Attention and MLP, one after the other, with no way around either."""
 
-    def __call__(self, x: Float[Array, "B T C"], cache: Any = None) -> Float[Array, "B T C"]:
-        return self.transform(self.attend(x, cache))
+    def __call__(self, x: Float[Array, "B T C"], *context: Any) -> Float[Array, "B T C"]:
+        return self.transform(self.attend(x, *context))
 
 
 def text_model(connection: str, depth: int, width: int, *, rngs: nnx.Rngs) -> Decoder:

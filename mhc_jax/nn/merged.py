@@ -132,8 +132,14 @@ def keep(layers: Any, carried: nnx.State) -> None:
         if isinstance(held, nnx.Variable):
             held.set_value(variable.get_value())
         else:  # the first call of the layer made it
-            setattr(node, str(path[-1]), type(variable)(variable.get_value()))
+            made = type(variable)(variable.get_value())
+            if isinstance(node, dict):
+                node[path[-1]] = made
+            else:
+                setattr(node, str(path[-1]), made)
 
 
 def _child(node: Any, name: Any) -> Any:
+    if isinstance(node, dict):  # as linen's variables are kept
+        return node.get(name)
     return node[name] if isinstance(name, int) else getattr(node, name, None)

@@ -71,7 +71,7 @@ def test_a_decoder(options):
     theirs = torch_models.Decoder(torch_models.DecoderConfig(**sizes), kind, **options)
     bridge.convert(ours, theirs)
     tokens = np.array([[1, 5, 2, 6, 0]])
-    grads = nnx.grad(lambda model: model.loss(jnp.asarray(tokens)))(ours)
+    grads = nnx.jit(nnx.grad(lambda model: model.loss(jnp.asarray(tokens))))(ours)
     theirs.loss(torch.from_numpy(tokens)).backward()
     metrics, weights = dashboard(ours, diagnose(ours, grads), prefix="mhc")
     figures = row_figures(theirs) | gradient_norms(theirs) | composite_gains(theirs)

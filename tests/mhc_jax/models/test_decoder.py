@@ -136,6 +136,12 @@ def test_texts_in_one_row_do_not_see_each_other(connection):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
 
 
+def test_streams_are_scanned_over_boundaries_whatever_is_asked():
+    model = decoder("streams", remat=("attention",), dtype=jnp.bfloat16, state_dtype=jnp.float32)
+    for options in ({}, {"segments": TOKENS}):
+        assert "name=_boundary" in str(jax.make_jaxpr(lambda o=options: model.hidden(TOKENS, **o))())
+
+
 def test_drawing_follows_the_distribution_and_stays_among_the_likeliest():
     model = decoder("residual")
     model.lm_head.kernel[...] *= 3

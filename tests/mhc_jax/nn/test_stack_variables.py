@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from mhc_jax.nn import HyperConnections, MHCSequential, MHCStack, StreamStack
 
@@ -13,13 +13,16 @@ X = jax.random.normal(jax.random.key(0), (4, 5, WIDTH))
 
 
 class InStreams(nnx.Module):
-    """Any branch as a layer of a stream network."""
+    """Any branch as a layer of a stream network, which is a chain of one connection."""
 
     def __init__(self, branch, index=0):
         self.connection = HyperConnections(branch, WIDTH, streams=2, layer_index=index)
 
     def __call__(self, streams, *args, **kwargs):
         return self.connection(streams, *args, **kwargs)
+
+    def connected(self, *args, **kwargs):
+        return self.connection.connected(*args, **kwargs)
 
 
 class Chain(nnx.Module):
@@ -240,6 +243,23 @@ def test_states_may_be_wider_than_the_branches():
         stack, chain, _, _ = both(kind, make)
         assert stack(X).dtype == jnp.float32
         np.testing.assert_allclose(stack(X), chain(X), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["history", "streams"])
+def test_branches_of_linen_are_branches(kind):
+    class Branch(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.BatchNorm(use_running_average=False, momentum=0.5)(linen.Dense(WIDTH)(x))
+
+    stack, chain, stacked, branches = both(
+        kind, lambda rngs: nnx.bridge.ToNNX(Branch(), rngs=rngs).lazy_init(jnp.ones((1, WIDTH)))
+    )
+    ours, theirs = (model(X, mutable=["batch_stats"]) for model in (stack, chain))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    found, wanted = (jax.tree.leaves(nnx.state(layer, nnx.BatchStat)) for layer in (stacked, branches[1]))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one[1], other, rtol=1e-4, atol=1e-6)
 
 
 def test_options_of_something_else_are_named():
