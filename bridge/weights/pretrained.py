@@ -33,15 +33,23 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder has none.
+        ValueError: it holds no object of JSON.
     """
-    return json.loads((Path(folder) / "config.json").read_text())
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold an object, got {type(config).__name__}")
+    return config
 
 
 def load_pretrained(folder: str | os.PathLike[str], decoder: Decoder) -> Decoder:
     """Fills a decoder with the weights of a Llama or Qwen3 as transformers saves them, in place.
 
-    A decoder of history or streams keeps its mixing logits and maps as they are: fresh ones compute what the residual
-    model does, to their own exactness. Values are equal bit for bit; bfloat16 may go into float32, which holds it.
+    A decoder of history or streams keeps its mixing logits and maps as they are: fresh maps compute what the residual
+    model does, fresh logits almost that. Values are equal bit for bit; bfloat16 may go into float32, which holds it.
 
     Args:
         folder: has `config.json` and `model.safetensors`, or its index and shards.

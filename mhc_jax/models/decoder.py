@@ -266,8 +266,7 @@ class Decoder(nnx.Module):
             ValueError: tokens are not integers of shape (B, T), positions or segments are others; the cache is for
                 another batch, or given with segments.
         """
-        if jnp.ndim(tokens) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(f"tokens must be integers of shape (B, T), got {tokens.dtype}{list(jnp.shape(tokens))}")
+        _check_tokens(tokens)
         for name, given in (("positions", positions), ("segments", segments)):
             if given is not None and (given.shape != tokens.shape or not jnp.issubdtype(given.dtype, jnp.integer)):
                 shape = f"{given.dtype}{list(given.shape)}"
@@ -332,9 +331,11 @@ class Decoder(nnx.Module):
             key: for the draws.
 
         Raises:
-            ValueError: steps is below 1, temperature below 0, or top_k not in 1..V; a key is missing.
+            ValueError: steps is below 1, temperature below 0, or top_k not in 1..V; a key is missing; tokens are not
+                integers of shape (B, T).
         """
         check_sampling(steps, temperature, top_k, key, self.config.vocabulary)
+        _check_tokens(tokens)
         graphdef, state = nnx.split(self)
         greedy = temperature == 0
         return generate(graphdef, state, tokens, key, temperature, steps=steps, top_k=top_k, greedy=greedy)
@@ -370,6 +371,11 @@ class Decoder(nnx.Module):
     def output_kernel(self) -> Float[Array, "C V"]:
         """The kernel of the output layer, which may be the embedding."""
         return self.embed_tokens.embedding[...].T if self.config.tied else self.lm_head.kernel[...]
+
+
+def _check_tokens(tokens: Array) -> None:
+    if jnp.ndim(tokens) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must be integers of shape (B, T), got {tokens.dtype}{list(jnp.shape(tokens))}")
 
 
 def as_connection(connection: Any, options: dict[str, Any]) -> MHCConfig | StreamConfig:

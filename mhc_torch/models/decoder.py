@@ -259,8 +259,8 @@ class Decoder(nn.Module):
         """What the output layer reads.
 
         Raises:
-            ValueError: tokens are not integers of shape (B, T), positions or segments are others; segments are given
-                with a cache.
+            ValueError: tokens are not integers of shape (B, T), positions or segments are others; the cache is for
+                another batch, or given with segments.
         """
         if tokens.ndim != 2 or tokens.is_floating_point():
             raise ValueError(f"tokens must be integers of shape (B, T), got {tokens.dtype}{list(tokens.shape)}")
@@ -270,6 +270,8 @@ class Decoder(nn.Module):
                 raise ValueError(f"{name} must be integers of tokens' shape {list(tokens.shape)}, got {shape}")
         if cache is not None and segments is not None:
             raise ValueError("segments: a cache holds one text a row; call without a cache")
+        if cache is not None and len(cache) and (batch := len(cache.layers[0][0])) != len(tokens):
+            raise ValueError(f"cache is for a batch of {batch}, tokens has one of {len(tokens)}")
         return self.model(tokens, cache, positions, segments)
 
     def loss(

@@ -95,12 +95,11 @@ def test_the_model_is_its_mathematics(connection):
     for i, (_, leaf) in enumerate(nnx.to_flat_state(nnx.state(model))):
         if leaf.ndim == 2 and leaf.shape[-1] in (6, 12):  # scales that are not all one
             leaf[...] = leaf + 0.3 * jax.random.normal(jax.random.key(i), leaf.shape)
-    # Streams start as the residual network, but for the 1e-3 that their maps are off it.
+    # Streams start as the residual network.
     mixed = (lambda states: np.mean(states[-2:], axis=0)) if connection == "history" else lambda states: states[-1]
-    tolerance = 5e-3 if connection == "streams" else 2e-5
     given = np.asarray(TOKENS), np.asarray(POSITIONS)
     for logits, tokens, positions in zip(model(TOKENS, positions=POSITIONS), *given, strict=True):
-        np.testing.assert_allclose(logits, expected_logits(model, tokens, positions, mixed), atol=tolerance)
+        np.testing.assert_allclose(logits, expected_logits(model, tokens, positions, mixed), atol=2e-5)
 
 
 @pytest.mark.parametrize("connection", OPTIONS)
@@ -114,13 +113,12 @@ def test_the_cache_gives_what_the_whole_sequence_gives(connection):
     assert full.length == 6
     assert jnp.isnan(model(TOKENS[:, :1], full)[0]).all()  # there is no seventh place
 
-    tokens = TOKENS[:, :3]
-    for _ in range(4):
-        tokens = jnp.concatenate([tokens, model(tokens)[:, -1:].argmax(-1)], axis=1)
-    np.testing.assert_array_equal(model.generate(TOKENS[:, :3], 4), tokens)
+    generated = model.generate(TOKENS[:, :2], 4)
+    np.testing.assert_array_equal(generated[:, :2], TOKENS[:, :2])
+    np.testing.assert_array_equal(generated[:, 2:], model(generated)[:, 1:-1].argmax(-1))
 
 
-@pytest.mark.parametrize("connection", OPTIONS)
+@pytest.mark.parametrize("connection", ["history", "streams"])
 def test_texts_in_one_row_do_not_see_each_other(connection):
     graphdef, params = nnx.split(decoder(connection))
 
@@ -197,7 +195,7 @@ def test_logits_of_all_tokens_are_never_there_and_depth_is_one_scan():
     assert len(shallow.splitlines()) == len(deep.splitlines())
 
 
-@pytest.mark.parametrize("connection", OPTIONS)
+@pytest.mark.parametrize("connection", ["history", "streams"])
 def test_what_is_not_kept_is_computed_again_to_the_same_gradients(connection):
     def gradients(remat):
         model = decoder(connection, remat=remat)
@@ -283,6 +281,7 @@ def test_bad_input_is_named():
         (lambda: model(TOKENS, model.init_cache(2, 6), segments=TOKENS), "segments: a cache holds one text a row"),
         (lambda: model(TOKENS, model.init_cache(3, 8)), "cache is for a batch of 3, tokens has one of 2"),
         (lambda: model.init_cache(2, 0), "size must be at least 1, got 0"),
+        (lambda: model.generate(TOKENS[0], 2), r"tokens must be integers of shape \(B, T\), got int32\[6\]"),
         (lambda: model.generate(TOKENS, 0), "steps must be at least 1, got 0"),
         (lambda: model.generate(TOKENS, 1, temperature=-1.0), "temperature must be finite and not negative"),
         (lambda: model.generate(TOKENS, 1, top_k=14), r"top_k must be in 1\.\.13, got 14"),
