@@ -138,7 +138,7 @@ class DecoderStack(nn.ModuleList):
         elif connection is not None:
             super().__init__(DecoderLayer(config, index, MHCSkip(config=connection)) for index in indices)
             for index, layer in enumerate(self):
-                layer.skip.live = min(index + 1, connection.max_history)  # type: ignore[union-attr, assignment]
+                layer.skip.live = min(index + 1, connection.max_history)  # type: ignore[union-attr]
         else:
             super().__init__(DecoderLayer(config, index) for index in indices)
 
