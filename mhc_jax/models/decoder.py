@@ -322,7 +322,7 @@ class Decoder(nnx.Module):
         temperature: float = 0.0,
         top_k: int | None = None,
         key: Key[Array, ""] | None = None,
-    ) -> Int[Array, "B T+steps"]:
+    ) -> Int[Array, "B T+{steps}"]:
         """`tokens`, and `steps` more that the model continues them with.
 
         Args:

@@ -12,7 +12,7 @@ from mhc_jax.models.config import DecoderConfig
 
 def rotary(
     config: DecoderConfig, positions: Int[Array, "B T"], dtype: Any
-) -> tuple[Float[Array, "B T 1 D/2"], Float[Array, "B T 1 D/2"]]:
+) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
     """Cosine and sine of the rotary angles, in float32 at least."""
     wide = jnp.promote_types(dtype, jnp.float32)
     frequencies = config.rope_theta ** -(np.arange(0, config.head_width, 2) / config.head_width)

@@ -33,7 +33,7 @@ def generate(
     steps: int,
     top_k: int | None,
     greedy: bool,
-) -> Int[Array, "B T+steps"]:
+) -> Int[Array, "B T+{steps}"]:
     """As `Decoder.generate`, of a decoder that `nnx.split` took apart."""
     model: Any = nnx.merge(graphdef, state)
     cache = model.init_cache(len(tokens), tokens.shape[1] + steps)

@@ -310,7 +310,7 @@ class Decoder(nn.Module):
         temperature: float = 0.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
-    ) -> Int[Tensor, "B T+steps"]:
+    ) -> Int[Tensor, "B T+{steps}"]:
         """`tokens`, and `steps` more that the model continues them with.
 
         Args:

@@ -11,7 +11,7 @@ from mhc_torch.models.config import DecoderConfig
 
 def rotary(
     config: DecoderConfig, positions: Int[Tensor, "B T"], dtype: torch.dtype
-) -> tuple[Float[Tensor, "B 1 T D/2"], Float[Tensor, "B 1 T D/2"]]:
+) -> tuple[Float[Tensor, "B 1 T half"], Float[Tensor, "B 1 T half"]]:
     """Cosine and sine of the rotary angles, in float32 at least."""
     wide = torch.promote_types(dtype, torch.float32)
     halves = torch.arange(0, config.head_width, 2, dtype=torch.float64, device=positions.device)

@@ -85,6 +85,7 @@ def test_checkpointing_changes_no_gradient(connection):
 
 
 @pytest.mark.parametrize("connection", ["history", "streams"])
+@pytest.mark.usefixtures("unchecked")
 def test_it_compiles_as_one_graph(connection):
     model = decoder(connection)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
