@@ -9,16 +9,17 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from flax import nnx
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 import bridge
 import mhc_jax.models as jax_models
 import mhc_jax.nn as jax_mhc
 import mhc_torch as torch_mhc
+import mhc_torch.models as torch_models
 from benchmarks import bridge_call
 from benchmarks.record import output_file
 from benchmarks.timing import Spread, environment, interleaved, ratio, write_json
@@ -41,65 +42,6 @@ class TorchResNet(nn.Module):
         self.fc = nn.Linear(width, num_classes)
 
 
-class TorchAttention(nn.Module):
-    def __init__(self, features: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(features, 3 * features, bias=False)
-        self.out = nn.Linear(features, features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-
-
-class TorchAttentionBranch(nn.Module):
-    def __init__(self, features: int, num_heads: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(features, eps=1e-6)
-        self.attention = TorchAttention(features, num_heads)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attention(self.norm(x))
-
-
-class TorchMLPBranch(nn.Module):
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(features, eps=1e-6)
-        self.up = nn.Linear(features, 4 * features, bias=False)
-        self.down = nn.Linear(4 * features, features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(self.norm(x)), approximate="tanh"))
-
-
-class TorchLayer(nn.Module):
-    def __init__(self, features: int, num_heads: int) -> None:
-        super().__init__()
-        self.attention = TorchAttentionBranch(features, num_heads)
-        self.mlp = TorchMLPBranch(features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        attended = self.attention(x)
-        return attended + self.mlp(x + attended)
-
-
-class TorchTransformer(nn.Module):
-    """The torch form of `mhc_jax.models.MHCTransformer`."""
-
-    def __init__(self, vocabulary: int, features: int, num_heads: int, depth: int, max_length: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(vocabulary, features)
-        self.positions = nn.Embedding(max_length, features)
-        self.stack = torch_mhc.MHCSequential([TorchLayer(features, num_heads) for _ in range(depth)])
-        self.norm = nn.RMSNorm(features, eps=1e-6)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens) + self.positions.weight[: tokens.shape[-1]]
-        return self.norm(self.stack(x)) @ self.embed.weight.T
-
-
 def resnet(stage_sizes: Sequence[int], num_classes: int, features: int) -> tuple[nnx.Module, nn.Module]:
     """A ResNet with history, in both frameworks; (3, 4, 6, 3), 1000 and 64 are the sizes of ResNet-50."""
     block = jax_mhc.MHCBottleneck
@@ -107,31 +49,22 @@ def resnet(stage_sizes: Sequence[int], num_classes: int, features: int) -> tuple
     return ours, TorchResNet(stage_sizes, num_classes, features)
 
 
-def transformer(
-    vocabulary: int, features: int, num_heads: int, depth: int, max_length: int
-) -> tuple[nnx.Module, nn.Module]:
-    """A decoder-only transformer with history, in both frameworks."""
-    ours = jax_models.MHCTransformer(
-        vocabulary,
-        features=features,
-        num_heads=num_heads,
-        depth=depth,
-        max_length=max_length,
-        rngs=nnx.Rngs(0),
-    )
-    return ours, TorchTransformer(vocabulary, features, num_heads, depth, max_length)
+def decoder(**sizes: Any) -> tuple[nnx.Module, nn.Module]:
+    """A decoder with history, in both frameworks."""
+    ours = jax_models.Decoder(jax_models.DecoderConfig(**sizes, tied=True), "history", rngs=nnx.Rngs(0))
+    return ours, torch_models.Decoder(torch_models.DecoderConfig(**sizes, tied=True), "history")
 
 
 def conversion(output: Path, quick: bool) -> None:
     """Both directions, from file to file and from model to model, after checking the way there and back."""
     models = {
         "small ResNet": lambda: resnet((1, 1), 10, 8),
-        "small transformer": lambda: transformer(100, 32, 2, 2, 16),
+        "small transformer": lambda: decoder(vocabulary=100, features=32, mlp_features=88, depth=2, num_heads=2),
     }
     if not quick:
         models = {
             "ResNet-50": lambda: resnet((3, 4, 6, 3), 1000, 64),
-            "transformer": lambda: transformer(32_000, 768, 12, 12, 1024),
+            "transformer": lambda: decoder(vocabulary=32_000, features=768, mlp_features=2048, depth=12, num_heads=12),
         }
     results = {name: measure(name, *make(), seconds=1 if quick else 10) for name, make in models.items()}
     write_json(output, {"times of a copy": results, **environment("torch", "flax")})

@@ -2,7 +2,7 @@
 
 The same branches at several depths, connected in every way the library knows, trained from several seeds by the same
 Adam on the same batches: blocks of norm, linear layer and GELU on handwritten digits (those of `make demo`), and a
-byte-level transformer on the text of the Python language reference. Seeds are trained side by side, as one program.
+byte-level decoder on the text of the Python language reference. Seeds are trained side by side, as one program.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from benchmarks.record import RESULTS, output_file
 from benchmarks.timing import environment, write_json
 from demo.data import CLASSES, PIXELS, load_splits
 from demo.jax_side import Block, PlainStack
-from mhc_jax.models import MHCTransformer
-from mhc_jax.models.transformer import AttentionBranch, MLPBranch
+from mhc_jax.models import Decoder, DecoderConfig
+from mhc_jax.models.decoder import DecoderLayer
 from mhc_jax.nn import HyperConnections, MHCStack, StreamStack
 
 RESULT = RESULTS / "quality-cpu.json"
@@ -76,37 +76,29 @@ class Digits(nnx.Module):
         return self.head(self.norm(self.stack(self.embed(images))))
 
 
-class PlainLayer(nnx.Module):
+class PlainLayer(DecoderLayer):
     """Attention and MLP, one after the other, with no way around either."""
 
-    def __init__(self, features: int, num_heads: int, *, rngs: nnx.Rngs) -> None:
-        self.attention = AttentionBranch(features, num_heads, rngs=rngs)
-        self.mlp = MLPBranch(features, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        return self.mlp(self.attention(x))
+    def __call__(self, x: Float[Array, "B T C"], *context: Any) -> Float[Array, "B T C"]:
+        return self.transform(self.attend(x, *context))
 
 
-def text_model(connection: str, depth: int, width: int, length: int, *, rngs: nnx.Rngs) -> MHCTransformer:
-    """The library's transformer over bytes, with two heads."""
+def text_model(connection: str, depth: int, width: int, *, rngs: nnx.Rngs) -> Decoder:
+    """The library's decoder over bytes, with two heads."""
     if connection in STREAMS:
         kind, options = "streams", STREAMS[connection]
     elif connection in HISTORY:
         kind, options = "history", HISTORY[connection]
     else:
         kind, options = "residual", {}
-    model = MHCTransformer(
-        256,
-        features=width,
-        num_heads=2,
-        depth=depth,
-        max_length=length,
-        connection=kind,  # type: ignore[arg-type]
-        rngs=rngs,
-        **options,
-    )
+    config = DecoderConfig(256, width, mlp_features=8 * width // 3, depth=depth, num_heads=2, tied=True)
+    model = Decoder(config, kind, rngs=rngs, **options)  # type: ignore[arg-type]
     if connection == "plain":
-        model.stack = PlainStack(lambda rngs: PlainLayer(width, 2, rngs=rngs), depth, rngs=rngs)  # type: ignore[assignment]
+
+        def layer(rngs: nnx.Rngs) -> PlainLayer:
+            return PlainLayer(config, attention=None, dtype=None, param_dtype=jnp.float32, rngs=rngs)
+
+        model.stack = PlainStack(layer, depth, rngs=rngs)  # type: ignore[assignment]
     return model
 
 
@@ -164,7 +156,7 @@ def text() -> Task:
         return found[..., :-1], found[..., 1:]
 
     return Task(
-        model=partial(text_model, width=32, length=length),
+        model=partial(text_model, width=32),
         batches=lambda seed, steps: windows(train, np.random.default_rng(seed), steps, 8),
         held_out=windows(test, np.random.default_rng(0), 64),
         depths=(10, 50),

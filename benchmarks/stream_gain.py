@@ -1,6 +1,6 @@
 """How much the residual maps of n streams amplify: `python -m benchmarks.stream_gain [--quick] [--output FILE]`.
 
-Trains transformers with unconstrained (HC) and doubly stochastic (mHC) residual maps on the text of the Python
+Trains decoders with unconstrained (HC) and doubly stochastic (mHC) residual maps on the text of the Python
 language reference, and measures the composite gain of arXiv 2512.24880, section 3.1: of the product of the residual
 maps of all layers, the largest absolute row sum (forward) or column sum (backward), whichever is larger.
 """
@@ -20,7 +20,7 @@ from flax import nnx
 
 from benchmarks.record import RESULTS, output_file
 from benchmarks.timing import environment, write_json
-from mhc_jax.models.transformer import MHCTransformer
+from mhc_jax.models import Decoder, DecoderConfig
 from mhc_jax.monitoring.figures import composite_gain
 from mhc_jax.streams import expand, maps
 
@@ -42,36 +42,25 @@ def residual_maps(model: Any, tokens: jax.Array) -> jax.Array:
     def step(wide: jax.Array, params: Any) -> tuple[jax.Array, jax.Array]:
         layer = nnx.merge(graphdef, params)
         found = []
-        for connection in (layer.attention, layer.mlp):
+        for connection, branch in ((layer.attn_hc, layer.attend), (layer.ffn_hc, layer.transform)):
             found.append(maps(connection.params(), wide, connection.config).res)
-            wide = connection(wide)
+            wide = connection.around(branch, wide)
         return wide, jnp.stack(found)
 
-    x = model.embed(tokens) + model.positions(jnp.arange(tokens.shape[-1]))
-    _, found = jax.lax.scan(step, expand(x, STREAMS), params)
+    _, found = jax.lax.scan(step, expand(model.embed_tokens(tokens), STREAMS), params)
     return found.reshape(-1, tokens.size, STREAMS, STREAMS)
 
 
 def train(constraint: Any, branches: int, steps: int) -> dict[str, list[float]]:
     """Bits per byte, and the gain's mean and maximum over tokens, every `EVERY` steps."""
-    model = MHCTransformer(
-        256,
-        features=WIDTH,
-        num_heads=2,
-        depth=branches // 2,
-        max_length=LENGTH,
-        connection="streams",
-        constraint=constraint,
-        streams=STREAMS,
-        rngs=nnx.Rngs(0),
-    )
+    config = DecoderConfig(256, WIDTH, mlp_features=8 * WIDTH // 3, depth=branches // 2, num_heads=2, tied=True)
+    model = Decoder(config, "streams", constraint=constraint, streams=STREAMS, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
 
     @nnx.jit
     def step(model: Any, optimizer: Any, tokens: jax.Array) -> jax.Array:
         def loss(model: Any) -> jax.Array:
-            logits = model(tokens[:, :-1])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean() / jnp.log(2)
+            return model.loss(tokens) / jnp.log(2)
 
         value, gradient = nnx.value_and_grad(loss)(model)
         optimizer.update(model, gradient)

@@ -1,6 +1,6 @@
 """What n residual streams cost: `python -m benchmarks.streams [--quick] [--output FILE]`.
 
-Whole Adam steps of a decoder-only transformer with streams over the residual one of the same framework, all in one
+Whole Adam steps of a decoder with streams over the residual one of the same framework, all in one
 run in turns: ours in JAX and PyTorch, beside the `hyper-connections` package (its mHC). And Sinkhorn alone.
 """
 
@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,22 +20,28 @@ from flax import nnx
 from hyper_connections.manifold_constrained_hyper_connections import get_init_and_expand_reduce_stream_functions
 from torch import nn
 
-import mhc_jax.models.transformer as jax_transformer
-import mhc_torch.models.transformer as torch_transformer
+import mhc_jax.models as jax_models
+import mhc_torch.models as torch_models
 from benchmarks.record import output_file
 from benchmarks.timing import Spread, environment, interleaved, ratio, write_json
 from mhc_jax.sinkhorn import sinkhorn
 
 VOCABULARY, STREAMS = 256, 4
-Shape = dict[str, Any]
+Connection = Literal["residual", "history", "streams"]
+Shape = dict[str, int]
 SECONDS = 20.0  # of a full run, for each part
-SHAPE: Shape = {"features": 512, "num_heads": 8, "depth": 4, "max_length": 512}
-QUICK_SHAPE: Shape = {"features": 64, "num_heads": 2, "depth": 2, "max_length": 64}
+SHAPE: Shape = {"features": 512, "mlp_features": 1360, "num_heads": 8, "depth": 4, "length": 512}
+QUICK_SHAPE: Shape = {"features": 64, "mlp_features": 168, "num_heads": 2, "depth": 2, "length": 64}
+
+
+def sizes(shape: Shape) -> dict[str, Any]:
+    """What `DecoderConfig` of either framework takes."""
+    return {"vocabulary": VOCABULARY, "tied": True} | {name: shape[name] for name in shape if name != "length"}
 
 
 def random_tokens(shape: Shape) -> np.ndarray:
-    """One sequence and the token after it: (1, max_length + 1)."""
-    return np.random.default_rng(0).integers(0, VOCABULARY, (1, shape["max_length"] + 1))
+    """One sequence and the token after it: (1, length + 1)."""
+    return np.random.default_rng(0).integers(0, VOCABULARY, (1, shape["length"] + 1))
 
 
 def jax_step(model: nnx.Module, inputs: np.ndarray) -> tuple[Callable[[], Any], int]:
@@ -44,8 +50,8 @@ def jax_step(model: nnx.Module, inputs: np.ndarray) -> tuple[Callable[[], Any], 
     optimizer = optax.adam(1e-3)
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = nnx.merge(graphdef, params)(tokens[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+        merged: Any = nnx.merge(graphdef, params)
+        return merged.loss(tokens)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, tokens: jax.Array) -> tuple[Any, Any, jax.Array]:
@@ -70,15 +76,11 @@ def torch_step(model: nn.Module, inputs: np.ndarray, compile: bool) -> Callable[
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     tokens = torch.from_numpy(inputs)
 
-    def loss() -> torch.Tensor:
-        logits = model(tokens[:, :-1])
-        return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-
-    run = torch.compile(loss) if compile else loss
+    run: Any = torch.compile(model) if compile else model
 
     def call() -> None:
         optimizer.zero_grad()
-        run().backward()
+        nn.functional.cross_entropy(run(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
         optimizer.step()
 
     return call
@@ -88,10 +90,11 @@ class NaiveLayer(nnx.Module):
     """The equations written down plainly, differentiated by JAX: what users write first."""
 
     def __init__(self, layer: Any) -> None:
-        self.attention, self.mlp = layer.attention, layer.mlp
+        self.layer = layer
 
     def __call__(self, streams: jax.Array) -> jax.Array:
-        for connection in (self.attention, self.mlp):
+        layer = self.layer
+        for connection, branch in ((layer.attn_hc, layer.attend), (layer.ffn_hc, layer.transform)):
             phi, alpha, bias = connection.phi[...], connection.alpha[...], connection.bias[...]
             n = streams.shape[-2]
             flat = streams.reshape(*streams.shape[:-2], -1)
@@ -99,7 +102,7 @@ class NaiveLayer(nnx.Module):
             logits = normalized @ phi * jnp.repeat(alpha, np.array([n, n, n * n])) + bias
             pre, post = jax.nn.sigmoid(logits[..., :n]), 2 * jax.nn.sigmoid(logits[..., n : 2 * n])
             res = plain_sinkhorn(logits[..., 2 * n :].reshape(*logits.shape[:-1], n, n))
-            output = connection.branch(jnp.einsum("...n,...nc->...c", pre, streams))
+            output = branch(jnp.einsum("...n,...nc->...c", pre, streams))
             streams = jnp.einsum("...ij,...jc->...ic", res, streams) + post[..., None] * output[..., None, :]
         return streams
 
@@ -112,30 +115,39 @@ def plain_sinkhorn(logits: jax.Array) -> jax.Array:
     return matrix
 
 
-class PackageTransformer(nn.Module):
-    """Our transformer with the mHC of the `hyper-connections` package around its branches."""
+class PackageDecoder(nn.Module):
+    """Our decoder with the mHC of the `hyper-connections` package around its branches."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        model = torch_transformer.MHCTransformer(VOCABULARY, connection="residual", **shape)
-        self.embed, self.positions, self.norm = model.embed, model.positions, model.norm
+        model = torch_decoder(shape, "residual").model
+        self.embed, self.norm = model.embed_tokens, model.norm
         wrap, self.expand, self.reduce = get_init_and_expand_reduce_stream_functions(STREAMS, dim=shape["features"])
-        layers: Any = model.stack.wrapped_modules
-        branches = [branch for layer in layers for branch in (layer.attention, layer.mlp)]
+        layers: Any = model.layers
+        pairs = [pair for layer in layers for pair in _branches(layer)]
+        branches = [nn.Sequential(norm, branch) for norm, branch in pairs]
         self.layers = nn.ModuleList(wrap(branch=branch, layer_index=i) for i, branch in enumerate(branches))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.expand(self.embed(tokens) + self.positions(torch.arange(tokens.shape[-1])))
+        x = self.expand(self.embed(tokens))
         for layer in self.layers:
             x = layer(x)
         return nn.functional.linear(self.norm(self.reduce(x)), self.embed.weight)
 
 
+def _branches(layer: Any) -> tuple[tuple[nn.Module, nn.Module], ...]:
+    return (layer.input_layernorm, layer.self_attn), (layer.post_attention_layernorm, layer.mlp)
+
+
+def torch_decoder(shape: Shape, connection: Connection) -> torch_models.Decoder:
+    return torch_models.Decoder(torch_models.DecoderConfig(**sizes(shape)), connection)
+
+
 def measure_jax(shape: Shape, seconds: float) -> dict[str, Any]:
     inputs = random_tokens(shape)
 
-    def model(connection: Any) -> jax_transformer.MHCTransformer:
-        return jax_transformer.MHCTransformer(VOCABULARY, connection=connection, rngs=nnx.Rngs(0), **shape)
+    def model(connection: Connection) -> Any:
+        return jax_models.Decoder(jax_models.DecoderConfig(**sizes(shape)), connection, rngs=nnx.Rngs(0))
 
     naive = model("streams")
     naive.stack.layers = NaiveLayer(naive.stack.layers)
@@ -156,9 +168,9 @@ def measure_torch(shape: Shape, seconds: float, compile: bool) -> dict[str, Any]
     torch.manual_seed(0)
     inputs = random_tokens(shape)
     models = {
-        "residual": torch_transformer.MHCTransformer(VOCABULARY, connection="residual", **shape),
-        "mhc_torch": torch_transformer.MHCTransformer(VOCABULARY, connection="streams", **shape),
-        "hyper-connections": PackageTransformer(shape),
+        "residual": torch_decoder(shape, "residual"),
+        "mhc_torch": torch_decoder(shape, "streams"),
+        "hyper-connections": PackageDecoder(shape),
     }
     times = interleaved({name: torch_step(model, inputs, compile) for name, model in models.items()}, seconds=seconds)
     added = {name: times[name] - times["residual"] for name in ("mhc_torch", "hyper-connections")}
@@ -171,7 +183,7 @@ def measure_torch(shape: Shape, seconds: float, compile: bool) -> dict[str, Any]
 
 def measure_sinkhorn(shape: Shape, seconds: float) -> dict[str, Any]:
     """Of 128 matrices for every token of a sequence."""
-    tokens = 128 * shape["max_length"]
+    tokens = 128 * shape["length"]
     logits, cotangent = jax.random.normal(jax.random.key(0), (2, tokens, 4, 4))
 
     def compiled(function: Callable[[jax.Array], jax.Array]) -> Any:
@@ -199,7 +211,7 @@ def roofline(shape: Shape, seconds: float) -> dict[str, Any]:
     Bytes per token and branch, after fusion (arXiv 2512.24880, section 4.3.1): forward reads X twice (maps and input;
     merge) and y, writes x and X; backward reads X, dX, y, dx and writes dX, dy.
     """
-    width, length = shape["features"], shape["max_length"]
+    width, length = shape["features"], shape["length"]
     state = STREAMS * width
     floats = (2 * state + width) + (width + state) + (2 * state + 2 * width) + (state + width)
     moved = 4 * floats * length * 2 * shape["depth"]

@@ -10,6 +10,7 @@ from bridge.weights.convert import convert
 from bridge.weights.files import convert_file, load, save
 from bridge.weights.match import match
 from bridge.weights.optimizers import convert_optimizer
+from bridge.weights.pretrained import load_pretrained, read_config
 from bridge.weights.rules import Child, Leaf, Setting, register
 
 __all__ = [
@@ -24,7 +25,9 @@ __all__ = [
     "convert_file",
     "convert_optimizer",
     "load",
+    "load_pretrained",
     "match",
+    "read_config",
     "register",
     "save",
     "torch_function",

@@ -1,6 +1,6 @@
 """Manifold-constrained hyper-connections in JAX: pure functions first, Flax NNX modules as a thin skin on them."""
 
-from mhc_jax.history import History, apply_layers, apply_layers_reference, mix, mixing_weights
+from mhc_jax.history import History, apply_layers, apply_layers_carrying, apply_layers_reference, mix, mixing_weights
 from mhc_jax.history.config import MatrixConfig, MHCConfig
 from mhc_jax.projections import (
     project_doubly_stochastic,
@@ -14,6 +14,7 @@ __all__ = [
     "MHCConfig",
     "MatrixConfig",
     "apply_layers",
+    "apply_layers_carrying",
     "apply_layers_reference",
     "mix",
     "mixing_weights",

@@ -12,7 +12,7 @@ from flax import nnx
 
 from benchmarks.accelerators.peers import Peer, liger_write, maxtext
 from mhc_jax import streams
-from mhc_jax.models import MHCTransformer
+from mhc_jax.models import Decoder, DecoderConfig
 from mhc_jax.nn import MHCStack
 
 DEPTH = 16
@@ -164,19 +164,10 @@ def least_of_layers(n: int, width: int) -> int:
 
 
 def step(connection: Any, scale: float, **options: Any) -> Program:
-    """One Adam step of a decoder of 8 layers of width 1024, 16 sequences of 512 tokens."""
+    """One Adam step of a decoder of 8 layers of width 1024 with plain attention, 16 sequences of 512 tokens."""
+    config = DecoderConfig(32768, features=1024, mlp_features=2752, depth=8, num_heads=8, tied=True)
     model = nnx.eval_shape(
-        lambda: MHCTransformer(
-            32768,
-            features=1024,
-            num_heads=8,
-            depth=8,
-            max_length=512,
-            connection=connection,
-            dtype=jnp.bfloat16,
-            rngs=nnx.Rngs(0),
-            **options,
-        )
+        lambda: Decoder(config, connection, attention="plain", dtype=jnp.bfloat16, rngs=nnx.Rngs(0), **options)
     )
     graphdef, params = nnx.split(model)
     optimizer = optax.adam(1e-3)
@@ -184,8 +175,7 @@ def step(connection: Any, scale: float, **options: Any) -> Program:
     tokens = jax.ShapeDtypeStruct((int(16 * scale), 513), jnp.int32)
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = nnx.merge(graphdef, params)(tokens[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+        return nnx.merge(graphdef, params).loss(tokens)
 
     def train(params: Any, state: Any, tokens: jax.Array) -> Any:
         value, gradient = jax.value_and_grad(loss)(params, tokens)
@@ -227,7 +217,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
         "history, H=4": partial(step, "history"),
         "4 streams": partial(step, "streams"),
     }
-    yield "train step, transformer, C=1024", Case(steps, over="residual")
+    yield "train step, decoder, C=1024", Case(steps, over="residual")
 
 
 CASES: dict[str, Case] = dict(_cases())

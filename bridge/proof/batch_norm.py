@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from flax import nnx
 
-from bridge.proof.record import Recording, floats, submodule
+from bridge.proof.record import Recording, floats
+from bridge.weights.leaves import submodule
 from bridge.weights.match import ModulePair
 
 

@@ -35,13 +35,12 @@ from bridge.proof.record import (
     record_jax,
     record_torch,
     seen,
-    submodule,
 )
 from bridge.proof.report import Row
 from bridge.proof.trees import double, floats, is_float, named_floats
 from bridge.proof.unroll import unrolled
 from bridge.weights.arrays import to_numpy, to_torch
-from bridge.weights.leaves import join
+from bridge.weights.leaves import join, submodule
 from bridge.weights.match import Link, ModulePair, match
 from bridge.weights.rules import terms
 

@@ -20,6 +20,7 @@ from bridge.proof.precision import TorchPrecision
 from bridge.proof.trees import arrays, double, floats, is_array, is_float, leaves, transform
 from bridge.weights import rules
 from bridge.weights.arrays import to_numpy, to_torch
+from bridge.weights.leaves import submodule
 from bridge.weights.match import jax_leaves, value
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -82,13 +83,6 @@ class Recording:
 def depends_on(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
     """The arguments of a call or, of a module that tells itself what its call depends on, those."""
     return (module.recorded(*args, **kwargs), {}) if hasattr(module, "recorded") else (args, kwargs)
-
-
-def submodule(model: Any, path: str) -> Any:
-    """The node of an nnx module at a dotted path."""
-    for name in path.split(".") if path else ():
-        model = model[int(name)] if name.isdigit() else getattr(model, name)
-    return model
 
 
 def jax_float64(model: nnx.Module) -> nnx.Module:

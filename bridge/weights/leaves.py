@@ -64,3 +64,10 @@ def jax_items(node: Any) -> list[tuple[str, Any]]:
 def join(path: str, name: str) -> str:
     """The dotted path of what is called `name` below `path`."""
     return f"{path}.{name}" if path else name
+
+
+def submodule(model: Any, path: str) -> Any:
+    """The node of an nnx module at a dotted path."""
+    for name in path.split(".") if path else ():
+        model = model[int(name)] if name.isdigit() else getattr(model, name)
+    return model

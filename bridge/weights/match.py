@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bridge.weights import rules
 from bridge.weights.arrays import dtype_name
-from bridge.weights.leaves import jax_items, jax_leaves, join, torch_leaves, value
+from bridge.weights.leaves import jax_items, jax_leaves, join, submodule, torch_leaves, value
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,11 @@ class _Matcher:
             self._lists(jax_path, jax, torch_path, torch, index)
             return
         rule = rule or rules.Rule()
-        entries = rule.of(jax, torch)
+        entries = rule.of("entries", jax, torch)
         for entry in entries:
             self._entry(entry, jax_path, jax, torch_path, torch, index)
-        self.excused.update(f"jax {join(jax_path, name)}" for name in rule.jax_only)
-        self.excused.update(f"torch {join(torch_path, name)}" for name in rule.torch_only)
+        self.excused.update(f"jax {join(jax_path, name)}" for name in rule.of("jax_only", jax, torch))
+        self.excused.update(f"torch {join(torch_path, name)}" for name in rule.of("torch_only", jax, torch))
         for setting in rule.settings:
             ours, theirs = setting.jax(jax), setting.torch(torch)
             # 1 - 0.9 is not quite 0.1.
@@ -182,7 +182,7 @@ class _Matcher:
         """Follows one declared entry; a `*` in its torch name stands for each entry of a list."""
         places = [(entry.torch, index)]
         if "*" in entry.torch:
-            size = len(torch.get_submodule(entry.torch.split(".*")[0]))
+            size = len(torch.get_submodule(entry.torch.partition("*")[0].rstrip(".")))
             places = [(entry.torch.replace("*", str(i)), (*index, i)) for i in range(size)]
         ours = join(jax_path, entry.jax)
         for name, place in places:
@@ -190,7 +190,7 @@ class _Matcher:
             if isinstance(entry, rules.Leaf):
                 self._leaf(ours, theirs, place, entry)
             else:
-                self.modules(ours, getattr(jax, entry.jax), theirs, torch.get_submodule(name), place)
+                self.modules(ours, submodule(jax, entry.jax), theirs, torch.get_submodule(name), place)
 
     def _leaf(self, jax_path: str, torch_path: str, index: tuple[int, ...], rule: rules.Leaf) -> None:
         ours, theirs = self.match.jax.get(jax_path), self.match.torch.get(torch_path)

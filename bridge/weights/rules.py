@@ -108,7 +108,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Child:
-    """A submodule on each side under different names; `*` in `torch` as in `Leaf`: the JAX leaves are stacked.
+    """A submodule on each side under dotted names that differ; `*` in `torch` as in `Leaf`: JAX leaves are stacked.
 
     Example:
         >>> Child("layers", "wrapped_modules.*").torch
@@ -143,6 +143,9 @@ class Setting:
     torch: Callable[[Any], Any]
 
 
+Names = tuple[str, ...] | Callable[[Any, Any], tuple[str, ...]]
+
+
 @dataclass(frozen=True)
 class Rule:
     """How a pair of module types maps. What it does not name is matched by equal names.
@@ -150,20 +153,22 @@ class Rule:
     Attributes:
         entries: leaves and children whose names or layouts differ, or a function of the two modules that gives them.
         settings: hyperparameters that must agree.
-        jax_only, torch_only: leaves without a counterpart that carry no weight, such as a counter of batches.
+        jax_only, torch_only: leaves without a counterpart that carry no weight, such as a counter of batches; or a
+            function of the two modules that gives them.
         cancellation, terms: where the module subtracts numbers that are nearly equal, or None; see `register`.
     """
 
     entries: tuple[Entry, ...] | Callable[[Any, Any], tuple[Entry, ...]] = ()
     settings: tuple[Setting, ...] = ()
-    jax_only: tuple[str, ...] = ()
-    torch_only: tuple[str, ...] = ()
+    jax_only: Names = ()
+    torch_only: Names = ()
     cancellation: Callable[[Any, Any], float] | None = None
     terms: Terms | None = None
 
-    def of(self, jax_module: Any, torch_module: Any) -> tuple[Entry, ...]:
-        """The entries for this very pair."""
-        return self.entries(jax_module, torch_module) if callable(self.entries) else self.entries
+    def of(self, what: str, jax_module: Any, torch_module: Any) -> tuple[Any, ...]:
+        """The entries, or the names that are on one side only, for this very pair."""
+        found = getattr(self, what)
+        return found(jax_module, torch_module) if callable(found) else found
 
 
 _rules: dict[tuple[type, type], Rule] = {}
@@ -199,8 +204,8 @@ def register(
     *entries: Entry,
     by: Callable[[Any, Any], tuple[Entry, ...]] | None = None,
     settings: tuple[Setting, ...] = (),
-    jax_only: tuple[str, ...] = (),
-    torch_only: tuple[str, ...] = (),
+    jax_only: Names = (),
+    torch_only: Names = (),
     cancellation: Callable[[Any, Any], float] | None = None,
     terms: Terms | None = None,
 ) -> None:
@@ -210,7 +215,7 @@ def register(
         entries: the `Leaf`s and `Child`ren whose names or layouts differ; the rest is matched by equal names.
         by: instead of `entries`, a function (jax_module, torch_module) -> entries, where they depend on the modules.
         settings: hyperparameters that must agree for the same weights to mean the same function.
-        jax_only, torch_only: names of leaves that have no counterpart and carry no weight.
+        jax_only, torch_only: names of leaves that have no counterpart and carry no weight, or functions as `by`.
         cancellation: function (torch_module, its first argument) -> by which factor its result is less exact than that
             argument, where nearly equal numbers are subtracted. Flax takes variances as E[x²] - E[x]²: so a
             normalization over the last axis has `1 + max(mean² / (var + eps))`.

@@ -9,8 +9,10 @@ import torch
 from flax import nnx
 from torch import nn
 
+import mhc_jax.models as jax_models
 import mhc_jax.nn as jax_mhc
 import mhc_torch as torch_mhc
+import mhc_torch.models as torch_models
 from bridge.weights.rules import Child, Leaf, Setting, register
 from mhc_jax.nn import hyper_connections as jax_streams
 from mhc_torch.history.width_map import WidthMap
@@ -177,6 +179,62 @@ register(
     settings=(_DETACH, _STACK_MIXING),
 )
 # The blocks of image networks have the same names on both sides, and so have hyper-connections.
-register(jax_streams.HyperConnections, torch_streams.HyperConnections, settings=(_STREAMS,))
+register(jax_streams.ConnectionMaps, torch_streams.ConnectionMaps, settings=(_STREAMS,))
 register(jax_streams.StreamHead, torch_streams.StreamHead, settings=(_STREAMS,))
 register(jax_streams.StreamStack, torch_streams.StreamStack, Child("layers", "layers.*"))
+
+
+def _decoder(jax_module: jax_models.Decoder, _: torch_models.Decoder) -> tuple[Child | Leaf, ...]:
+    # torch has a tied output layer under two names, as transformers.
+    tied = (Leaf("embed_tokens.embedding", "lm_head.weight"),) if jax_module.config.tied else ()
+    body = Child("embed_tokens", "model.embed_tokens"), Child("stack", "model.layers"), Child("norm", "model.norm")
+    return *body, *tied
+
+
+def _decoder_layers(jax_module: Any, torch_module: Any) -> tuple[Child | Leaf, ...]:
+    """Of a decoder's stack as a chain, which is how it is verified."""
+    history = isinstance(jax_module, jax_mhc.MHCSequential)
+    layers = "wrapped_modules" if history else "layers"
+    entries: list[Child | Leaf] = [Child(f"{layers}.{i}", str(i)) for i in range(len(torch_module))]
+    for i in range(len(torch_module) if history else 0):
+        entries += [Leaf(f"skip_layers.{i}.{name}", f"{i}.skip.{name}") for name in ("mixing_logits", "gate_logit")]
+    return tuple(entries)
+
+
+def _residual_logits(jax_module: Any, torch_module: torch_models.decoder.DecoderStack) -> tuple[str, ...]:
+    # In mode "residual" no logit is used, and a torch decoder has none, as Llama.
+    if torch_module.connection is not None or jax_module.config.mode != "residual":
+        return ()
+    if isinstance(jax_module, jax_mhc.MHCStack):
+        return ("mixing_logits",)
+    return tuple(f"skip_layers.{i}.mixing_logits" for i in range(len(torch_module)))
+
+
+def _connected(module: torch_models.decoder.DecoderStack) -> Any:
+    return _mixing(module[0].skip) if hasattr(module[0], "skip") else {"mode": "residual"}
+
+
+def _history(module: Any) -> dict[str, Any]:
+    return {"mode": "residual"} if module.config.mode == "residual" else _mixing(module)
+
+
+_SIZES = Setting("sizes", lambda m: asdict(m.config), lambda m: asdict(m.config))
+register(
+    jax_models.Decoder,
+    torch_models.Decoder,
+    by=_decoder,
+    settings=(_SIZES,),
+)
+_STACK = torch_models.decoder.DecoderStack
+register(
+    jax_mhc.MHCStack,
+    _STACK,
+    Child("layers", "*"),
+    Leaf("mixing_logits", "*.skip.mixing_logits"),
+    Leaf("gate_logit", "*.skip.gate_logit"),
+    settings=(Setting("mixing", _history, _connected),),
+    jax_only=_residual_logits,
+)
+register(jax_mhc.MHCSequential, _STACK, by=_decoder_layers, jax_only=_residual_logits)
+register(jax_mhc.StreamStack, _STACK, Child("layers", "*"))
+register(jax_streams.StreamChain, _STACK, by=_decoder_layers)

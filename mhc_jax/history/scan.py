@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from mhc_jax.history.config import DEFAULTS, MHCConfig
 from mhc_jax.history.mixing import floating, mixing_weights, weighted_sum
-from mhc_jax.history.window import State
+from mhc_jax.history.window import History, State
 from mhc_jax.kernels.choice import Implementation, check_implementation
 from mhc_jax.monitoring.nonfinite import expect_finite
 from mhc_jax.traced import Shared, Traced, trace
@@ -133,6 +133,53 @@ def check_layers_implementation(implementation: Implementation) -> None:
         )
 
 
+def apply_layers_carrying(
+    branch: Callable[..., tuple[State, Any]],
+    params: Params,
+    x: State,
+    logits: Float[Array, "L H"] | None,
+    config: MHCConfig = DEFAULTS,
+    *,
+    gate_logits: Float[Array, "L"] | None = None,
+    mixing_key: Key[Array, ""] | None = None,
+    policy: Callable[..., bool] | None = None,
+) -> tuple[State, Any]:
+    """``apply_layers`` of branches with a second result: ``branch(params_l, x)`` gives ``(state, beside)``.
+
+    For caches, statistics and losses of single layers. Derivatives are those of JAX, through both results: a backward
+    pass keeps the window of every layer, where ``apply_layers`` keeps each state once.
+
+    Returns:
+        ``x_L``, and what the layers gave beside it, with a leading axis of length L.
+
+    Raises:
+        ValueError, TypeError: As ``apply_layers``.
+    """
+    x = floating(x)
+    weights = _stack_weights(params, x, logits, config, gate_logits, mixing_key)
+    layers = (params, None, jnp.arange(len(weights)))
+    function, shared = _close(branch, layers, x, policy, carries=True)
+    return _carrying(function, config.detach_history, shared, layers, x, weights)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _carrying(
+    function: Traced, detach_history: bool, shared: Shared, layers: Any, x: State, weights: Array
+) -> tuple[State, Any]:
+    width = weights.shape[1]
+
+    def step(carry: tuple[History, State], scanned: Any) -> tuple[tuple[History, State], Any]:
+        history, x = carry
+        layer, row = scanned
+        y, beside = function(shared, layer, x)
+        window = lax.stop_gradient(history.window) if detach_history else history.window
+        x = weighted_sum(y, _read(window, 0, width), row)
+        return (history.push(x), x), beside
+
+    (_, x), beside = lax.scan(step, (History.create(x, width), x), (layers, weights))
+    return x, beside
+
+
 def _stack_weights(
     params: Params,
     x: State,
@@ -168,23 +215,30 @@ def _stack_weights(
 
 
 def _close(
-    branch: Callable[..., State], layers: Any, x: State, policy: Callable[..., bool] | None
+    branch: Callable[..., Any],
+    layers: Any,
+    x: State,
+    policy: Callable[..., bool] | None,
+    carries: bool = False,
 ) -> tuple[Traced, Shared]:
     """The branch as ``function(shared, (params_l, key_l, l), x)``, with all that it closed over made explicit.
 
     A custom derivative sees its arguments only; and of what it sees as an argument, nothing is stored for every layer.
+    With ``carries`` its result is (state, whatever the branch gives beside it).
     """
 
-    def call(layer: tuple[Params, Keys, Array], x: State) -> State:
+    def call(layer: tuple[Params, Keys, Array], x: State) -> Any:
         layer_params, key, index = layer
         y = branch(layer_params, x) if key is None else branch(layer_params, x, key)
+        y, beside = y if carries else (y, None)
         if jax.tree.map(jnp.shape, y) != jax.tree.map(jnp.shape, x):
             raise ValueError(
                 f"branch must return a state shaped like its input, {jax.tree.map(jnp.shape, x)}, "
                 f"got {jax.tree.map(jnp.shape, y)}"
             )
         expect_finite(y, "branch of layer {layer}", layer=index)
-        return jax.tree.map(lambda out, leaf: out.astype(leaf.dtype), y, x)
+        y = jax.tree.map(lambda out, leaf: out.astype(leaf.dtype), y, x)
+        return (y, beside) if carries else y
 
     if policy is not None:
         call = jax.checkpoint(call, policy=policy, prevent_cse=False)

@@ -1,8 +1,8 @@
 """HyperConnections: n residual streams around a branch, as `mhc_jax.streams` defines them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -16,14 +16,63 @@ from mhc_jax import streams as functional
 from mhc_jax.kernels.choice import check_implementation
 from mhc_jax.monitoring.connection import Shown
 from mhc_jax.monitoring.figures import composite_gain, entropy, shares, sum_errors
-from mhc_jax.nn.merged import Merged
+from mhc_jax.nn.errors import noted
+from mhc_jax.nn.merged import CARRIED, Carries, Merged, MergedBranches, drawn_streams, keep, stacked
 from mhc_jax.nn.stack import unstacked
 from mhc_jax.options import resolve
 from mhc_jax.streams import Connected, HeadParams, Implementation, Maps, StreamConfig, StreamParams, maps
 from mhc_jax.streams.config import DEFAULTS
 
 
-class HyperConnections(nnx.Module):
+class ConnectionMaps(nnx.Module):
+    """`HyperConnections` of a branch that is held elsewhere, and given to `around`; all else as there.
+
+    Args:
+        branch_names: of the modules beside this one that make up the branch, for the norm of its gradient.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        config: StreamConfig | None = None,
+        layer_index: int | Array = 0,
+        implementation: Implementation = None,
+        branch_names: tuple[str, ...] = (),
+        **options: Any,
+    ) -> None:
+        self.branch_names = branch_names
+        self.config = resolve(DEFAULTS, config, **options)
+        check_implementation(implementation)
+        self.implementation = implementation
+        phi, alpha, bias = functional.init_params(self.config, width, layer_index)
+        self.phi = nnx.data(None if phi is None else nnx.Param(phi))
+        self.alpha = nnx.data(None if alpha is None else nnx.Param(alpha))
+        self.bias = nnx.Param(bias)
+
+    def params(self) -> StreamParams:
+        """The parameters of the maps, for the functions of `mhc_jax.streams`."""
+        if self.phi is None or self.alpha is None:
+            return StreamParams(None, None, self.bias[...])
+        return StreamParams(self.phi[...], self.alpha[...], self.bias[...])
+
+    def around(
+        self, branch: Callable[..., Array], streams: Float[Array, "*tokens n C"], *args: Any, **kwargs: Any
+    ) -> Float[Array, "*tokens n C"]:
+        """H_res X + H_post^T branch(H_pre X) of the streams X. Further arguments reach the branch."""
+        connected = functional.wrap(branch, self.config, implementation=self.implementation)
+        return connected(self.params(), streams, *args, **kwargs)
+
+    def branch_gradients(self, own: Mapping[str, Any], beside: Mapping[str, Any]) -> Any:
+        """Those of the branch, out of the gradients of this module and of the one that holds it."""
+        return [beside.get(name, {}) for name in self.branch_names]
+
+    def connecting(self, branch: Callable[..., Array], *args: Any, **kwargs: Any) -> Connected:
+        """What `around` does, for `streams.apply_branches`."""
+        return Connected(lambda x: branch(x, *args, **kwargs), self.params(), self.config, self.implementation)
+
+
+class HyperConnections(ConnectionMaps):
     """X -> H_res X + H_post^T branch(H_pre X) on streams X of shape (..., n, width).
 
     Wraps any branch that keeps the shape and dtype of its input. Between networks of one stream and these layers,
@@ -65,28 +114,19 @@ class HyperConnections(nnx.Module):
         implementation: Implementation = None,
         **options: Any,
     ) -> None:
-        self.config = resolve(DEFAULTS, config, **options)
-        check_implementation(implementation)
-        self.implementation = implementation
+        super().__init__(width, config=config, layer_index=layer_index, implementation=implementation, **options)
         self.branch = branch
-        phi, alpha, bias = functional.init_params(self.config, width, layer_index)
-        self.phi = nnx.data(None if phi is None else nnx.Param(phi))
-        self.alpha = nnx.data(None if alpha is None else nnx.Param(alpha))
-        self.bias = nnx.Param(bias)
-
-    def params(self) -> StreamParams:
-        """The parameters of the maps, for the functions of `mhc_jax.streams`."""
-        if self.phi is None or self.alpha is None:
-            return StreamParams(None, None, self.bias[...])
-        return StreamParams(self.phi[...], self.alpha[...], self.bias[...])
 
     def __call__(self, streams: Float[Array, "*tokens n C"], *args: Any, **kwargs: Any) -> Float[Array, "*tokens n C"]:
-        connected = functional.wrap(self.branch, self.config, implementation=self.implementation)
-        return connected(self.params(), streams, *args, **kwargs)
+        return self.around(self.branch, streams, *args, **kwargs)
 
-    def connected(self) -> list[Connected]:
-        """The branches that this layer is a chain of: its own."""
-        return [Connected(self.branch, self.params(), self.config, self.implementation)]
+    def branch_gradients(self, own: Mapping[str, Any], beside: Mapping[str, Any]) -> Any:
+        """Those of the branch, out of the gradients of this module."""
+        return own.get("branch", {})
+
+    def connected(self, *args: Any, **kwargs: Any) -> list[Connected]:
+        """The branches that a call with these further arguments is a chain of: its own."""
+        return [self.connecting(self.branch, *args, **kwargs)]
 
     def figures(self, grads: nnx.State) -> dict[str, Array]:
         """What `mhc_jax.monitoring.diagnostics.diagnose` reports."""
@@ -150,20 +190,23 @@ class StreamStack(nnx.Module):
 
     Args:
         make_layer: makes one layer, (rngs, index) -> module, of `HyperConnections`: it maps streams to streams. The
-            index is traced; its variables are parameters only. Where a layer is nothing but a chain of them, and says
-            so by a method `connected`, as they do, the write of one and the read of the next are one `boundary`.
+            index is traced. A layer may use dropout, keep batch statistics or a cache, and sow. Where it writes
+            nothing while it runs, and is nothing but a chain of them, and says so by a method `connected` beside its
+            call, as they do, the write of one and the read of the next are one `boundary`.
         depth: number of layers L.
         streams: number n of streams, 4 by default.
         config: of the layers, in place of `streams`.
         block_length: of how many layers the streams are kept once for the backward pass; see `streams.scan_layers`.
-        rngs: for the layers.
+        policy: what else of a layer to keep (`jax.checkpoint_policies`); the default is all its derivative needs.
+        rngs: for the layers; one with dropout draws from the stream `dropout`.
 
     Attributes:
-        layers: one module of the layer's type, whose parameters have a leading axis of length L.
+        layers: one module of the layer's type, whose variables have a leading axis of length L.
+        deterministic: no layer draws; set by `model.eval()` and `model.train()`.
 
     Raises:
         ValueError: depth is below 1; as StreamConfig.
-        TypeError: a layer holds variables that are not parameters; as StreamConfig.
+        TypeError: as StreamConfig.
 
     Example:
         >>> import jax.numpy as jnp
@@ -184,29 +227,38 @@ class StreamStack(nnx.Module):
         *,
         config: StreamConfig | None = None,
         block_length: int = 1,
+        policy: Callable[..., bool] | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         self.streams = resolve(DEFAULTS, config, streams=streams).streams
         self.block_length = block_length
-        self.layers = nnx.vmap(make_layer)(rngs.split(depth), jnp.arange(depth))
-        others = nnx.state(self.layers, nnx.Not(nnx.Param))
-        if others:
-            raise TypeError(f"make_layer: StreamStack keeps parameters only, got {nnx.to_flat_state(others)}")
+        self.policy = policy
+        self.layers = stacked(make_layer, depth, rngs.split(depth), jnp.arange(depth))
+        self.deterministic = False
 
-    def __call__(self, x: Float[Array, "*tokens C"]) -> Float[Array, "*tokens C"]:
-        graphdef, params = nnx.split(self.layers)
-        if _is_chain(type(self.layers)):
-            return functional.apply_branches(
-                _Branches(graphdef), params, x, self.streams, block_length=self.block_length
-            )
-        wide = functional.scan_layers(
-            Merged(graphdef),
-            params,
-            functional.expand(x, self.streams),
-            block_length=self.block_length,
-        )
+    def __call__(self, x: Float[Array, "*tokens C"], *args: Any, **kwargs: Any) -> Float[Array, "*tokens C"]:
+        """The mean of the streams after the last layer. Further arguments reach every layer, the same for all.
+
+        Raises:
+            TypeError: a layer writes its parameters.
+        """
+        graphdef = nnx.graphdef(self.layers)
+        params, carried = nnx.state(self.layers, nnx.Param, CARRIED)
+        variables = nnx.merge_state(params, drawn_streams(self.layers, self.deterministic))
+        options: dict[str, Any] = {"block_length": self.block_length, "policy": self.policy}
+        with noted(f"in the layers of StreamStack ({type(self.layers).__name__})"):
+            if _is_chain(type(self.layers)) and not nnx.to_flat_state(carried):
+                try:
+                    branches = MergedBranches(graphdef, args, kwargs)
+                    return functional.apply_branches(branches, variables, x, self.streams, **options)
+                except Carries:
+                    pass
+            layer = Merged(graphdef, args, kwargs, carries=True)
+            variables, wide = nnx.merge_state(variables, carried), functional.expand(x, self.streams)
+            wide, carried = functional.scan_layers(layer, variables, wide, carries=True, **options)
+        keep(self.layers, carried)
         return functional.reduce(wide)
 
     def unrolled(self) -> "StreamChain":
@@ -233,16 +285,6 @@ def _is_chain(layer: type) -> bool:
     return telling is not None and telling is calling
 
 
-@dataclass(frozen=True)
-class _Branches:
-    """The branches of one layer of a stack as a value: equal to another of the same graph."""
-
-    graphdef: Any
-
-    def __call__(self, params: nnx.State) -> list[Connected]:
-        return nnx.merge(self.graphdef, params).connected()
-
-
 class StreamChain(nnx.Module):
     """The layers of a `StreamStack`, one after another."""
 
@@ -250,10 +292,10 @@ class StreamChain(nnx.Module):
         self.layers = nnx.List(layers)
         self.streams = streams
 
-    def __call__(self, x: Float[Array, "*tokens C"]) -> Float[Array, "*tokens C"]:
+    def __call__(self, x: Float[Array, "*tokens C"], *args: Any, **kwargs: Any) -> Float[Array, "*tokens C"]:
         wide = functional.expand(x, self.streams)
         for layer in self.layers:
-            wide = layer(wide)
+            wide = layer(wide, *args, **kwargs)
         return functional.reduce(wide)
 
 
@@ -261,14 +303,15 @@ def _stream_figures(layers: nnx.Module, grads: nnx.State) -> dict[str, Array]:
     """The figures of all hyper-connections of a layer whose variables have a leading axis of depth."""
     figures = []
     for path, connection in _branches(layers):
-        own = reduce(lambda tree, key: tree[key], path, grads)
+        *_, beside, own = {}, *accumulate(path, lambda tree, key: tree[key], initial=grads)
         learned = {name: own[name] for name in ("phi", "alpha", "bias") if name in own}
         found = jax.vmap(partial(_bias_maps, connection.config))(connection.bias[...])._asdict()
         if connection.alpha is not None:
             found["alpha"] = connection.alpha[...]
         found["maps_grad_norm"] = jax.vmap(optax.tree.norm)(learned)
         # The zeros stand for a branch without parameters.
-        found["grad_norm"] = jax.vmap(optax.tree.norm)((own.get("branch", {}), jnp.zeros_like(found["pre"])))
+        branch = connection.branch_gradients(own, beside)
+        found["grad_norm"] = jax.vmap(optax.tree.norm)((branch, jnp.zeros_like(found["pre"])))
         figures.append(found)
     # All branches of the first layer, then those of the second.
     merged = {name: jnp.stack([found[name] for found in figures], 1) for name in figures[0]}
@@ -285,9 +328,9 @@ def _bias_maps(config: StreamConfig, bias: Float[Array, " m"]) -> Maps:
     return maps(StreamParams(None, None, bias), jnp.zeros((config.streams, 1), bias.dtype), config)
 
 
-def _branches(module: nnx.Module) -> list[tuple[tuple[Any, ...], HyperConnections]]:
+def _branches(module: nnx.Module) -> list[tuple[tuple[Any, ...], ConnectionMaps]]:
     """The outermost hyper-connections of a module in the order in which it holds them, and their paths."""
-    if isinstance(module, HyperConnections):
+    if isinstance(module, ConnectionMaps):
         return [((), module)]
     children = enumerate(module) if isinstance(module, nnx.List) else vars(module).items()
     return [

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
@@ -21,7 +22,7 @@ from mhc_jax.options import resolve
 class MHCSequential(nnx.Module):
     """`x_{l+1} = f_l(x_l) + g_l * sum_k alpha_{l,k} x_k` for each module f_l in turn; the window includes the input.
 
-    For modules that differ, or that keep batch statistics; every layer is compiled on its own. For many equal layers
+    For modules that differ; every layer is compiled on its own. For many equal layers
     `MHCStack` computes the same with a compile time that does not grow with depth.
 
     Args:
@@ -84,19 +85,26 @@ class MHCSequential(nnx.Module):
             for widths in (_widths(layer, config, features) for layer in range(depth))
         )
 
-    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*out"]:
-        """The last state.
+    def __call__(self, x: Float[Array, "*shape"], *args: Any, **kwargs: Any) -> Float[Array, "*out"]:
+        """The last state. Further arguments reach every layer, the same for all: a mask, positions.
 
         Raises:
             ValueError: as `MHCSkip.__call__`; a note on any error says in which layer it came up.
         """
-        call = _call if self.policy is None else nnx.remat(_call, policy=self.policy)
+
+        def call(module: Any, x: Array) -> Array:
+            return module(x, *args, **kwargs)
+
+        if self.policy is not None:
+            call = nnx.remat(call, policy=self.policy)
         expect_finite(x, "input of MHCSequential")
         states = [x]
         for layer, (module, skip) in enumerate(zip(self.wrapped_modules, self.skip_layers, strict=True)):
             name = f"layer {layer} ({type(module).__name__})"
             with noted(f"in {name}"):
                 y = call(module, states[-1])
+                if jnp.promote_types(y.dtype, states[-1].dtype) == states[-1].dtype:
+                    y = y.astype(states[-1].dtype)  # float32 states around bfloat16 branches stay what they are
                 states.append(skip(y, states))
             expect_finite(skip.mixing_logits, f"mixing_logits of layer {layer}")
             expect_finite(y, f"branch of {name}")
@@ -119,10 +127,6 @@ class MHCSequential(nnx.Module):
         depth = range(len(self.skip_layers))
         live = {f"skip_layers.{layer}": min(layer + 1, self.config.max_history) for layer in depth}
         return show_history(figures, live, container=True)
-
-
-def _call(module: nnx.Module, x: Array) -> Array:
-    return module(x)
 
 
 def _widths(layer: int, config: MHCConfig, features: Sequence[int] | None) -> dict[str, int]:

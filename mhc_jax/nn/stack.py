@@ -11,14 +11,14 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mhc_jax.history import apply_layers, mixing_weights
+from mhc_jax.history import apply_layers, apply_layers_carrying, mixing_weights
 from mhc_jax.history.config import DEFAULTS, MHCConfig
 from mhc_jax.history.scan import check_layers_implementation
 from mhc_jax.kernels.choice import Implementation
 from mhc_jax.monitoring.connection import Shown, show_history
 from mhc_jax.monitoring.figures import history_figures
 from mhc_jax.nn.errors import noted
-from mhc_jax.nn.merged import Merged
+from mhc_jax.nn.merged import CARRIED, Carries, Merged, drawn_streams, keep, stacked
 from mhc_jax.nn.sequential import MHCSequential
 from mhc_jax.nn.skip import GATE_INIT, initial_logits
 from mhc_jax.options import resolve
@@ -38,7 +38,8 @@ class MHCStack(nnx.Module):
 
     Args:
         make_layer: makes one branch from random streams, `lambda rngs: nnx.Linear(64, 64, rngs=rngs)`. A branch maps an
-            array to one of the same shape; it may use dropout, but keep no batch statistics.
+            array to one of the same shape; it may use dropout, keep batch statistics or a cache, and sow. What it
+            writes while it runs costs memory for a window of states in every layer of a backward pass.
         depth: number of layers L.
         max_history: window H, 4 by default.
         config: all options in one value; keywords, the fields of `MHCConfig`, change single ones.
@@ -55,7 +56,7 @@ class MHCStack(nnx.Module):
 
     Raises:
         ValueError: depth is below 1, an option is out of range, or `auto_project` is set: equal layers have one width.
-        TypeError: a branch holds variables that are neither parameters nor random streams.
+        TypeError: `make_layer` is a module, or an option is none of a history.
 
     Example:
         >>> import jax.numpy as jnp
@@ -90,11 +91,7 @@ class MHCStack(nnx.Module):
         self.policy = policy
         check_layers_implementation(implementation)
         self.implementation = implementation
-        self.layers = nnx.vmap(make_layer, axis_size=depth)(rngs.split(depth))
-        others = nnx.state(self.layers, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
-        if others:
-            names = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(others)]
-            raise TypeError(f"make_layer: MHCStack cannot keep the variables {names}; use MHCSequential")
+        self.layers = stacked(make_layer, depth, rngs.split(depth))
         self.mixing_logits = nnx.Param(initial_logits(self.config, depth))
         if self.config.use_gating:
             self.gate_logit = nnx.Param(jnp.full(depth, GATE_INIT))
@@ -102,28 +99,41 @@ class MHCStack(nnx.Module):
             self.rngs = rngs.mixing.fork()
         self.deterministic = False
 
-    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """The last state, x_L.
+    def __call__(self, x: Float[Array, "*shape"], *args: Any, **kwargs: Any) -> Float[Array, "*shape"]:
+        """The last state, x_L. Further arguments reach every layer, the same for all: a mask, positions.
 
         Raises:
             ValueError: a branch changes the shape of its input.
+            TypeError: a branch writes its parameters.
         """
-        graphdef, params = nnx.graphdef(self.layers), nnx.state(self.layers, nnx.Param)
-        kind = type(self.layers).__name__
-        random: Any = self._draw_random_streams()
-        with noted(f"in the layers of MHCStack ({kind})"):
-            return apply_layers(
-                Merged(graphdef),
-                params,
-                x,
-                self.mixing_logits[...],
-                self.config,
-                gate_logits=self.gate_logit[...] if self.config.use_gating else None,
-                keys=random,
-                mixing_key=self.rngs() if self.config.stochastic and not self.deterministic else None,
-                policy=self.policy,
-                implementation=self.implementation,
-            )
+        graphdef = nnx.graphdef(self.layers)
+        params, carried = nnx.state(self.layers, nnx.Param, CARRIED)
+        streams: Any = drawn_streams(self.layers, self.deterministic)
+        options: dict[str, Any] = {
+            "gate_logits": self.gate_logit[...] if self.config.use_gating else None,
+            "mixing_key": self.rngs() if self.config.stochastic and not self.deterministic else None,
+            "policy": self.policy,
+        }
+        mixing = self.mixing_logits[...], self.config
+        with noted(f"in the layers of MHCStack ({type(self.layers).__name__})"):
+            if not nnx.to_flat_state(carried):
+                try:
+                    return apply_layers(
+                        Merged(graphdef, args, kwargs),
+                        params,
+                        x,
+                        *mixing,
+                        keys=streams,
+                        implementation=self.implementation,
+                        **options,
+                    )
+                except Carries:
+                    pass
+            branch = Merged(graphdef, args, kwargs, carries=True)
+            variables = nnx.merge_state(params, carried, streams)
+            x, carried = apply_layers_carrying(branch, variables, x, *mixing, **options)
+        keep(self.layers, carried)
+        return x
 
     def mixing_weights(self, *, gated: bool = False) -> Float[Array, "L H"]:
         """The weights of every layer, the latest state last, 0 where there is none yet; otherwise as `MHCSkip`'s."""
@@ -156,17 +166,3 @@ class MHCStack(nnx.Module):
             if self.config.use_gating:
                 skip.gate_logit.set_value(self.gate_logit[layer])
         return chain
-
-    def _draw_random_streams(self) -> nnx.State:
-        """The `nnx.State` of the layers' random streams, each at a place where no other call has drawn or will."""
-        drawn = nnx.merge(*nnx.split(self.layers), copy=True)
-        for mine, theirs in zip(_random_streams(self.layers), _random_streams(drawn), strict=True):
-            theirs.key[...] = jax.vmap(jax.random.fold_in)(mine.key[...], mine.count[...])
-            theirs.count[...] = jnp.zeros_like(mine.count[...])
-            if not self.deterministic:
-                mine.count[...] += 1
-        return nnx.state(drawn, nnx.RngState)
-
-
-def _random_streams(module: nnx.Module) -> list[nnx.RngStream]:
-    return [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.RngStream)]

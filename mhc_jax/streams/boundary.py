@@ -12,7 +12,7 @@ A network is a chain of boundaries: `read` before its first branch, `write` afte
 flat, (..., n * C): to part n from C is a copy on a TPU, so whoever carries streams through kernels carries them flat.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from mhc_jax.kernels import stream_boundary as kernels
 from mhc_jax.kernels.choice import Implementation, check_implementation, implemented
 from mhc_jax.streams import forms, norm
 from mhc_jax.streams.config import StreamConfig
-from mhc_jax.streams.connect import expand, reduce, write
+from mhc_jax.streams.connect import expand, fitted, reduce, write
 from mhc_jax.streams.constraints import CONSTRAINTS
 from mhc_jax.streams.depth import depth_of, scan_any
 from mhc_jax.streams.maps import (
@@ -66,7 +66,7 @@ def boundary(
 
     Raises:
         ValueError: if the shapes do not fit each other or `params`; "pallas" for a size that the kernels can't do.
-        TypeError: if the streams are not of a floating dtype, or the output has another; "pallas" for float64.
+        TypeError: if the streams are not of a floating dtype, or cannot hold the output's; "pallas" for float64.
 
     Source: arXiv 2512.24880, section 4.3.1 fuses parts of it.
 
@@ -82,7 +82,7 @@ def boundary(
         ((2, 4, 8), (2, 8), (2, 4), (2, 4, 4))
     """
     check_params(params, streams, config)
-    _check_write(streams, output, post, res)
+    output = _written(streams, output, post, res)
     check_implementation(implementation)
     return _boundary(params, streams, output, post, res, config, implementation)
 
@@ -105,24 +105,24 @@ def flat_boundary(
         raise ValueError(f"streams must have the width of {n} streams, a multiple of {n}, got {streams.shape}")
     parted = streams.reshape(*streams.shape[:-1], n, streams.shape[-1] // n)
     check_params(params, parted, config)
-    _check_write(parted, output, post, res)
+    output = _written(parted, output, post, res)
     check_implementation(implementation)
     return _boundary(params, streams, output, post, res, config, implementation)
 
 
-def _check_write(streams: Array, output: Array, post: Array, res: Array) -> None:
+def _written(streams: Array, output: Array, post: Array, res: Array) -> Array:
+    """The output of the branch in the dtype of the streams, all shapes being right."""
     *lead, n, width = streams.shape
     if output.shape != (*lead, width):
         raise ValueError(
             f"the branch must keep the shape of its input: for streams of {n} that is {(*lead, width)}, "
             f"its output has {output.shape}"
         )
-    if output.dtype != streams.dtype:
-        raise TypeError(f"the branch must keep the dtype of the streams {streams.dtype}, its output has {output.dtype}")
     if post.shape != (*lead, n) or res.shape != (*lead, n, n):
         raise ValueError(
             f"post and res must have shapes {(*lead, n)} and {(*lead, n, n)}, got {post.shape} and {res.shape}"
         )
+    return fitted(output, streams.dtype)
 
 
 # Below, streams are as the caller has them, flat or not. Kernels work on flat ones, XLA on (..., n, C).
@@ -302,12 +302,13 @@ class Connected(NamedTuple):
 
 
 def apply_branches(
-    layer: Callable[[Any], Sequence[Connected]],
+    layer: Callable[[Any], Iterable[Connected]],
     params: Any,
     x: Float[Array, "*tokens C"],
     streams: int,
     *,
     block_length: int = 1,
+    policy: Callable[..., bool] | None = None,
 ) -> Float[Array, "*tokens C"]:
     """A network of equal layers on n streams, as a scan over boundaries.
 
@@ -316,10 +317,11 @@ def apply_branches(
     maps, so that nothing reads what the step before has just written.
 
     Args:
-        layer: from the parameters of one layer, its branches in their order. A branch keeps the shape and dtype of x.
+        layer: from the parameters of one layer, its branches in their order. A branch keeps the shape of x, and x can
+            hold its dtype.
         params: a pytree whose leaves have a leading axis of length L, the depth.
         streams: n, as in the configs of all branches.
-        block_length: as of `scan_layers`: of how many layers the streams are kept once.
+        block_length, policy: as of `scan_layers`: of how many layers the streams are kept once, and what else is.
 
     Raises:
         ValueError: if block_length does not divide L; as `boundary`.
@@ -352,15 +354,15 @@ def apply_branches(
             _, maps_params, config, implementation = connected
             between = boundary if new.ndim > output.ndim else flat_boundary
             new, h, post, res = between(maps_params, new, output, post, res, config, implementation=implementation)
-            output = connected.branch(h)
+            output = fitted(connected.branch(h), new.dtype)
         return new, output, post, res
 
     wide = (*lead, streams * width), (*lead, streams, width)
-    new, output, post, res = scan_any(step, params, first, block_length, wide, source=layer)
+    new, output, post, res = scan_any(step, params, first, block_length, wide, source=layer, policy=policy)
     return reduce(write(_parted(new, output, streams), output, post, res))
 
 
-def _by_kernels(layer: Callable[[Any], Sequence[Connected]], params: Any) -> bool:
+def _by_kernels(layer: Callable[[Any], Iterable[Connected]], params: Any) -> bool:
     """Whether any branch of a layer asks for kernels."""
     asked: list[Implementation] = []
 

@@ -137,15 +137,20 @@ def write(
 
     Raises:
         ValueError: if the output has not the shape of one stream.
-        TypeError: if the output has not the dtype of the streams.
+        TypeError: if the streams cannot hold the dtype of the output, as bfloat16 cannot float32.
     """
     expected = (*streams.shape[:-2], streams.shape[-1])
     if jnp.shape(output) != expected:
         raise ValueError(f"the branch must keep the shape of its input {expected}, its output has {jnp.shape(output)}")
-    if output.dtype != streams.dtype:
-        raise TypeError(f"the branch must keep the dtype of the streams {streams.dtype}, its output has {output.dtype}")
     check_implementation(implementation)
-    return _write(streams, output, post, res, implementation)
+    return _write(streams, fitted(output, streams.dtype), post, res, implementation)
+
+
+def fitted(output: Float[Array, "*tokens C"], dtype: Any) -> Float[Array, "*tokens C"]:
+    """The output of a branch in the dtype of the streams, which must hold it exactly."""
+    if jnp.promote_types(output.dtype, dtype) != dtype:
+        raise TypeError(f"the output of the branch must fit into the streams, {dtype}, and has {output.dtype}")
+    return output.astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ def scan_layers(
     streams: Float[Array, "*tokens n C"],
     *,
     block_length: int = 1,
-) -> Float[Array, "*tokens n C"]:
+    policy: Callable[..., bool] | None = None,
+    carries: bool = False,
+) -> Any:
     """`streams = layer(params_l, streams)` for every l, as a scan: compile time does not grow with depth.
 
     Args:
@@ -27,13 +29,18 @@ def scan_layers(
         block_length: of how many layers the streams are kept once for the backward pass. With 1 they are kept for
             every layer. With more, those inside a block are computed again from the outputs of its branches, which
             are kept: the branches themselves never run twice. `optimal_block_length` needs the least memory.
+        policy: what of a layer to keep beside its streams (`jax.checkpoint_policies`); the rest is computed again, too.
+        carries: whether a layer gives (streams, beside), for caches, statistics and losses of single layers.
+
+    Returns:
+        The streams after the last layer; with `carries` (streams, what the layers gave beside, with a leading axis L).
 
     Raises:
         ValueError: if block_length does not divide L.
 
     Source: arXiv 2512.24880, section 4.3.2.
     """
-    return scan_any(layer, params, streams, block_length, (streams.shape,))
+    return scan_any(layer, params, streams, block_length, (streams.shape,), policy=policy, carries=carries)
 
 
 def depth_of(params: Any) -> int:
@@ -50,59 +57,68 @@ def depth_of(params: Any) -> int:
     return depth
 
 
-Carry = TypeVar("Carry")
-
-
 def scan_any(
-    layer: Callable[[Any, Carry], Carry],
+    layer: Callable[[Any, Any], Any],
     params: Any,
-    carry: Carry,
+    carry: Any,
     block_length: int,
     wide: tuple[tuple[int, ...], ...],
+    *,
     source: Any = None,
-) -> Carry:
+    policy: Callable[..., bool] | None = None,
+    carries: bool = False,
+) -> Any:
     """`scan_layers` of layers that carry any arrays; those of the shapes `wide` are what a block keeps once.
 
     Args:
         source: as of `trace`.
+        policy, carries: as of `scan_layers`.
     """
     depth = depth_of(params)
     if block_length < 1 or depth % block_length:
         raise ValueError(f"block_length must divide the depth {depth}, got {block_length}")
     if depth == 0:
-        return carry
+        return (carry, None) if carries else carry
     first = jax.eval_shape(lambda params: jax.tree.map(lambda leaf: leaf[0], params), params)
     function, shared = trace(layer, first, carry, source=source)
-    return _scan(function, block_length, wide, shared, params, carry)
+    carry, beside = _scan(function, block_length, wide, policy, carries, shared, params, carry)
+    return (carry, beside) if carries else carry
 
 
 # Compiled, so that a call outside jit finds what an earlier one compiled; not inline, so that its derivative does too.
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _scan(
     function: Traced,
     block_length: int,
     wide: tuple[tuple[int, ...], ...],
+    policy: Callable[..., bool] | None,
+    carries: bool,
     shared: Shared,
     params: Any,
     carry: Any,
-) -> Any:
-    def step(carry: Any, params: Any) -> tuple[Any, None]:
-        return function(shared, params, carry), None
+) -> tuple[Any, Any]:
+    def step(carry: Any, params: Any) -> tuple[Any, Any]:
+        result = function(shared, params, carry)
+        return result if carries else (result, None)
 
     if block_length == 1:
-        return jax.lax.scan(step, carry, params)[0]
-
-    def block(carry: Any, params: Any) -> tuple[Any, None]:
+        if policy is not None:
+            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
         return jax.lax.scan(step, carry, params)
 
-    def keep(_: Any, *inputs: Any, **options: Any) -> bool:
-        # Everything but what has the shape of the streams, which only connections handle.
+    def block(carry: Any, params: Any) -> tuple[Any, Any]:
+        return jax.lax.scan(step, carry, params)
+
+    def keep(operation: Any, *inputs: Any, **options: Any) -> bool:
+        # Nothing that has the shape of the streams, which only connections handle.
         shapes = [value.shape for value in inputs] + [options.get("shape")]
-        return not any(shape in wide for shape in shapes)
+        is_wide = any(shape in wide for shape in shapes)
+        return not is_wide and (policy is None or policy(operation, *inputs, **options))
 
     recomputed = jax.checkpoint(block, policy=keep, prevent_cse=False)
     blocks = jax.tree.map(lambda p: p.reshape(-1, block_length, *p.shape[1:]), params)
-    return jax.lax.scan(recomputed, carry, blocks)[0]
+    carry, beside = jax.lax.scan(recomputed, carry, blocks)
+    return carry, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), beside)
 
 
 def optimal_block_length(streams: int, depth: int) -> int:

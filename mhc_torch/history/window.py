@@ -47,7 +47,7 @@ class HistoryBuffer(nn.Module):
 
     def with_state(self, states: list[Tensor], x: Tensor) -> list[Tensor]:
         """`states` and the state `x` after them, as this buffer would keep them: a new list."""
-        return [*states, x.detach() if self.detach_history else x][-self.max_history :]
+        return appended(states, x, self.max_history, self.detach_history)
 
     def replace(self, states: list[Tensor]) -> None:
         """Keep `states` in place of what is kept."""
@@ -91,6 +91,11 @@ class HistoryBuffer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_states": []}
+
+
+def appended(states: list[Tensor], x: Tensor, max_history: int, detach_history: bool) -> list[Tensor]:
+    """The last `max_history` of `states` and the state `x` after them: a new list."""
+    return [*states, x.detach() if detach_history else x][-max_history:]
 
 
 def clear_history(module: nn.Module) -> None:

@@ -58,12 +58,13 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
     """Euclidean norms of the gradients now in ``.grad``, by layer and group.
 
     ``{layer}/logits_grad_norm`` of a skip and ``{layer}/maps_grad_norm`` of streams are those of its own parameters,
-    ``{layer}/grad_norm`` that of the branch: the module that the skip follows in a container, elsewhere the module that
-    holds the skip. Parameters without gradient count as zero.
+    ``{layer}/grad_norm`` that of the branch: the modules that the connection names, or the one that it follows in a
+    container, elsewhere the module that holds it. Parameters without gradient count as zero.
     """
     norms: dict[str, float] = {}
     for name, connection in connections(model):
-        groups = {"grad_norm": _layer_of(model, name).parameters()} | connection.gradient_groups()
+        branch = (parameter for module in _branch_of(model, name) for parameter in module.parameters())
+        groups = {"grad_norm": branch} | connection.gradient_groups()
         norms |= {f"{_row(model, name, '')}/{key}": _gradient_norm(group) for key, group in groups.items()}
     return norms
 
@@ -110,13 +111,16 @@ def _row(model: nn.Module, name: str, row: str) -> str:
     return ".".join(filter(None, (without_compile_prefix(name) or type(model).__name__, row)))
 
 
-def _layer_of(model: nn.Module, name: str) -> nn.Module:
-    """What a container says that the skip of this name follows, elsewhere the module that holds it."""
+def _branch_of(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules that this connection names, or the one that a container says it follows, or the one that holds it."""
     holder, _, position = name.rpartition(".")
+    connection = model.get_submodule(name)
+    if names := getattr(connection, "branch_names", ()):
+        return [model.get_submodule(holder).get_submodule(beside) for beside in names]
     container = model.get_submodule(holder.rpartition(".")[0])
     branch_of = getattr(container, "branch_of", None)
-    branch = branch_of(model.get_submodule(name)) if branch_of and position.isdecimal() else None
-    return model.get_submodule(holder) if branch is None else branch
+    branch = branch_of(connection) if branch_of and position.isdecimal() else None
+    return [model.get_submodule(holder) if branch is None else branch]
 
 
 def _gradient_norm(parameters: Iterable[nn.Parameter]) -> float:

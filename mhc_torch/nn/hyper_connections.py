@@ -39,6 +39,7 @@ class ConnectionMaps(nn.Module):
         width: features C of one stream.
         config: all options of the maps.
         layer_index: which branch of the network this is, counted from 0.
+        branch_names: of the modules beside this one that make up the branch, for the norm of its gradient.
         **factory: dtype and device of the parameters.
     """
 
@@ -46,11 +47,14 @@ class ConnectionMaps(nn.Module):
     alpha: nn.Parameter | None
     bias: nn.Parameter
 
-    def __init__(self, width: int, config: StreamConfig, layer_index: int, **factory: Any) -> None:
+    def __init__(
+        self, width: int, config: StreamConfig, layer_index: int, branch_names: tuple[str, ...] = (), **factory: Any
+    ) -> None:
         super().__init__()
         _check_width(width)
         self.config = config
         self.layer_index = layer_index
+        self.branch_names = branch_names
         shapes = {"phi": (config.streams * width, config.logits), "alpha": (3,), "bias": (config.logits,)}
         for name, shape in shapes.items():
             exists = config.dynamic or name == "bias"
@@ -74,6 +78,13 @@ class ConnectionMaps(nn.Module):
         """H_pre, H_post and H_res of every token."""
         return maps(self.phi, self.alpha, self.bias, streams, self.config)
 
+    def around(
+        self, branch: Callable[..., Tensor], streams: Float[Tensor, "*tokens n C"], *args: Any, **kwargs: Any
+    ) -> Float[Tensor, "*tokens n C"]:
+        """H_res X + H_post^T branch(H_pre X) of the streams X. Further arguments reach the branch."""
+        pre, post, res = self.token_maps(streams)
+        return write(streams, branch(collapse(pre, streams), *args, **kwargs), post, res)
+
     def resting_maps(self) -> Maps:
         """The maps of the bias alone, around which those of the tokens lie: (n,), (n,) and (n, n)."""
         bias = whole(self.bias)
@@ -94,10 +105,6 @@ class ConnectionMaps(nn.Module):
     def gradient_groups(self) -> dict[str, Iterable[nn.Parameter]]:
         """The parameters of the maps."""
         return {"maps_grad_norm": self.parameters(recurse=False)}
-
-    def mixed_states(self, streams: Tensor, *_: Any, **__: Any) -> list[Tensor]:
-        """The states that a call mixes."""
-        return [streams]
 
     def extra_repr(self) -> str:
         return f"config={self.config}"
@@ -138,8 +145,11 @@ class HyperConnections(ConnectionMaps):
         self.branch = branch
 
     def forward(self, streams: Float[Tensor, "*tokens n C"], *args: Any, **kwargs: Any) -> Float[Tensor, "*tokens n C"]:
-        pre, post, res = self.token_maps(streams)
-        return write(streams, self.branch(collapse(pre, streams), *args, **kwargs), post, res)
+        return self.around(self.branch, streams, *args, **kwargs)
+
+    def mixed_states(self, streams: Tensor, *_: Any, **__: Any) -> list[Tensor]:
+        """The states that a call mixes."""
+        return [streams]
 
     def gradient_groups(self) -> dict[str, Iterable[nn.Parameter]]:
         """The parameters of the maps, and those of the branch."""
@@ -202,12 +212,13 @@ class StreamStack(nn.Module):
 
     def residual_maps(self) -> Float[Tensor, "L n n"]:
         """H_res at rest of every branch in turn; float64."""
-        branches = [module for module in self.layers.modules() if isinstance(module, HyperConnections)]
+        branches = [module for module in self.layers.modules() if isinstance(module, ConnectionMaps)]
         maps = [branch.resting_maps().res.double() for branch in branches]
         return torch.stack(maps) if maps else torch.empty(0, self.streams, self.streams, dtype=torch.float64)
 
-    def forward(self, x: Float[Tensor, "*tokens C"]) -> Float[Tensor, "*tokens C"]:
+    def forward(self, x: Float[Tensor, "*tokens C"], *args: Any, **kwargs: Any) -> Float[Tensor, "*tokens C"]:
+        """The mean of the streams after the last layer. Further arguments reach every layer, the same for all."""
         wide = expand(x, self.streams)
         for layer in self.layers:
-            wide = layer(wide)
+            wide = layer(wide, *args, **kwargs)
         return reduce(wide)

@@ -115,7 +115,7 @@ class MHCSequential(nn.Module):
         check_arithmetic(x)
         buffer = self.history_buffer
         states = buffer.with_state([] if self.clear_history_each_forward else buffer.get(), x)
-        tape = self._tape(x, len(states))
+        tape = tape_of(list(self.skip_layers), x, len(states), buffer.detach_history)
         for module, skip in zip(self.wrapped_modules, self.skip_layers, strict=True):
             given: dict[str, Any] = {"history": list(states)} if isinstance(skip, MixesItself) else {}
             if self.use_checkpointing and torch.is_grad_enabled():
@@ -138,40 +138,44 @@ class MHCSequential(nn.Module):
 
         Of no layer (L = 0) where one mixes in a way of its own.
         """
-        skips: list[Any] = list(self.skip_layers)
-        if not all(isinstance(skip, MHCSkip | MatrixMHCSkip) for skip in skips):
-            return torch.empty(0, 0, 0, dtype=torch.float64)
-        window = max((skip.max_history for skip in skips), default=0)
-        maps = torch.eye(window, dtype=torch.float64).roll(-1, 0).repeat(len(skips), 1, 1)
-        for step, skip in zip(maps, skips, strict=True):
-            alpha = whole(skip.mixing_weights()).double().cpu()
-            if isinstance(skip, MHCSkip) and skip.use_gating:
-                alpha *= whole(skip.gate_logit).double().sigmoid().cpu()
-            step[-1] = 0
-            step[-1, window - len(alpha) :] = alpha
-        return maps
+        return window_maps(list(self.skip_layers))
 
-    def _tape(self, x: Inexact[Tensor, "*shape"], states: int) -> Tape | None:
-        """The logits of all layers, projected at once; the first layer sees so many `states`, each next one more.
 
-        None where they cannot be: skips that no longer share their settings project for themselves, and so do those
-        of another class, which may mix in a way of their own, and those whose parameters are sharded (`fully_shard`),
-        which are whole only inside of their own forward.
-        """
-        skips: list[Any] = list(self.skip_layers)
-        if any(type(skip) is not MHCSkip for skip in skips):
-            return None
-        configs = [skip.config for skip in skips]
-        if not skips or configs.count(configs[0]) < len(skips) or configs[0].mode == "residual":
-            return None
-        first, each = skips[0], [skip.mixing_logits for skip in skips]
-        if any(type(logits) is not nn.Parameter and _private.holds_tensors(logits) for logits in each):
-            return None
-        logits = torch.stack(each)
-        window = logits.shape[1]
-        # Layer l has states + l past states; the columns c before those, c + l < window - states, are dead.
-        dead = (torch.arange(window + len(skips) - 1, device=logits.device) < window - states).unfold(0, window, 1)
-        gate_logits = torch.stack([skip.gate_logit for skip in skips]) if first.use_gating else None
-        weights = first.coefficients(logits.masked_fill(dead, -math.inf), gate_logits)
-        # Tensors that are kept without their graph get no gradient to share.
-        return Tape(x, weights, alone=states == 1 and not self.history_buffer.detach_history)
+def window_maps(skips: Sequence[Any]) -> Float[Tensor, "L H H"]:
+    """As `MHCSequential.residual_maps`, of the skips of all layers in turn."""
+    if not all(isinstance(skip, MHCSkip | MatrixMHCSkip) for skip in skips):
+        return torch.empty(0, 0, 0, dtype=torch.float64)
+    window = max((skip.max_history for skip in skips), default=0)
+    maps = torch.eye(window, dtype=torch.float64).roll(-1, 0).repeat(len(skips), 1, 1)
+    for step, skip in zip(maps, skips, strict=True):
+        alpha = whole(skip.mixing_weights()).double().cpu()
+        if isinstance(skip, MHCSkip) and skip.use_gating:
+            alpha *= whole(skip.gate_logit).double().sigmoid().cpu()
+        step[-1] = 0
+        step[-1, window - len(alpha) :] = alpha
+    return maps
+
+
+def tape_of(skips: Sequence[Any], x: Float[Tensor, "*shape"], states: int, detach_history: bool) -> Tape | None:
+    """The logits of all layers, projected at once; the first layer sees so many `states`, each next one more.
+
+    None where they cannot be: skips that no longer share their settings project for themselves, and so do those
+    of another class, which may mix in a way of their own, and those whose parameters are sharded (`fully_shard`),
+    which are whole only inside of their own forward.
+    """
+    if any(type(skip) is not MHCSkip for skip in skips):
+        return None
+    configs = [skip.config for skip in skips]
+    if not skips or configs.count(configs[0]) < len(skips) or configs[0].mode == "residual":
+        return None
+    first, each = skips[0], [skip.mixing_logits for skip in skips]
+    if any(type(logits) is not nn.Parameter and _private.holds_tensors(logits) for logits in each):
+        return None
+    logits = torch.stack(each)
+    window = logits.shape[1]
+    # Layer l has states + l past states; the columns c before those, c + l < window - states, are dead.
+    dead = (torch.arange(window + len(skips) - 1, device=logits.device) < window - states).unfold(0, window, 1)
+    gate_logits = torch.stack([skip.gate_logit for skip in skips]) if first.use_gating else None
+    weights = first.coefficients(logits.masked_fill(dead, -math.inf), gate_logits)
+    # Tensors that are kept without their graph get no gradient to share.
+    return Tape(x, weights, alone=states == 1 and not detach_history)

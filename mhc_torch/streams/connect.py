@@ -73,7 +73,7 @@ def write(
 
     Raises:
         ValueError: if the output has not the shape of one stream.
-        TypeError: if the output has not the dtype of the streams; under autocast it is cast instead.
+        TypeError: if the streams cannot hold the dtype of the output, as bfloat16 cannot float32; autocast casts it.
     """
     expected = (*streams.shape[:-2], streams.shape[-1])
     if output.shape != expected:
@@ -81,9 +81,9 @@ def write(
             f"the branch must keep the shape of its input {expected}, its output has {tuple(output.shape)}"
         )
     if output.dtype != streams.dtype:
-        if not autocasts(streams.device.type):
+        if torch.promote_types(output.dtype, streams.dtype) != streams.dtype and not autocasts(streams.device.type):
             raise TypeError(
-                f"the branch must keep the dtype of the streams {streams.dtype}, its output has {output.dtype}"
+                f"the output of the branch must fit into the streams, {streams.dtype}, and has {output.dtype}"
             )
         output = output.to(streams.dtype)
     n, width = streams.shape[-2:]

@@ -1,5 +1,8 @@
 """The dashboard of a network of streams has the same keys and numbers from both packages."""
 
+import re
+from functools import reduce
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +11,9 @@ from flax import nnx
 from torch import nn
 
 import bridge
+import mhc_jax.models as jax_models
 import mhc_jax.nn as jax_nn
+import mhc_torch.models as torch_models
 import mhc_torch.nn as torch_nn
 from mhc_jax.monitoring.dashboard import dashboard
 from mhc_jax.monitoring.diagnostics import diagnose
@@ -55,6 +60,33 @@ def test_streams(constraint):
     for key, value in figures.items():
         np.testing.assert_allclose(value, metrics[f"mhc/{key}"], rtol=1e-3, atol=1e-6, err_msg=key)
     assert any(value > 0 for key, value in figures.items() if key.endswith("entropy"))
+
+
+@pytest.mark.parametrize("options", [{"max_history": 2, "use_gating": True}, {"streams": 2}])
+@pytest.mark.filterwarnings("ignore:the weights are converted")
+def test_a_decoder(options):
+    sizes = {"vocabulary": 7, "features": 4, "mlp_features": 6, "depth": 2, "num_heads": 2}
+    kind = "streams" if "streams" in options else "history"
+    ours = jax_models.Decoder(jax_models.DecoderConfig(**sizes), kind, rngs=nnx.Rngs(0), **options)
+    theirs = torch_models.Decoder(torch_models.DecoderConfig(**sizes), kind, **options)
+    bridge.convert(ours, theirs)
+    tokens = np.array([[1, 5, 2, 6, 0]])
+    grads = nnx.jit(nnx.grad(lambda model: model.loss(jnp.asarray(tokens))))(ours)
+    theirs.loss(torch.from_numpy(tokens)).backward()
+    metrics, weights = dashboard(ours, diagnose(ours, grads), prefix="mhc")
+    figures = row_figures(theirs) | gradient_norms(theirs) | composite_gains(theirs)
+    # A torch decoder has the names of Llama, and no weights among its figures.
+    names = (("model.layers/", "stack/"), ("model.", "stack."), (r"layers.(\d).skip", r"skip_layers.\1"))
+    figures = {reduce(lambda name, pair: re.sub(*pair, name), names, key): value for key, value in figures.items()}
+    assert {f"mhc/{key}" for key in figures} == {key for key in metrics if "/alpha_" not in key}
+    for key, value in figures.items():
+        np.testing.assert_allclose(value, metrics[f"mhc/{key}"], rtol=1e-3, atol=1e-7, err_msg=key)
+    if kind == "streams":
+        assert len({value for key, value in figures.items() if key.endswith("hc/grad_norm")}) == 4  # one a branch
+    shown = extract_mixing_weights(theirs).values()
+    for row, wanted in zip(shown, weights.values(), strict=True):
+        np.testing.assert_allclose(row, wanted, rtol=1e-5, atol=1e-6)
+    assert check_model_stability(theirs, torch.from_numpy(tokens)).checks[0].value == 1
 
 
 def test_reports_and_plots_of_streams(tmp_path):

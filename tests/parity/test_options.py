@@ -9,17 +9,17 @@ import pytest
 import torch
 from flax import nnx
 
+import mhc_jax.models as jax_models
 import mhc_jax.nn as jax_nn
 import mhc_torch
+import mhc_torch.models as torch_models
 import mhc_torch.nn as torch_nn
 from mhc_jax.history.config import MatrixConfig as JaxMatrixConfig
-from mhc_jax.models import MHCTransformer as JaxTransformer
 from mhc_jax.streams import StreamConfig as JaxStreamConfig
 from mhc_torch.history.config import MatrixConfig
-from mhc_torch.models import MHCTransformer
 from mhc_torch.streams import StreamConfig
 
-SHAPE = {"features": 4, "num_heads": 2, "depth": 2, "max_length": 4}
+SIZES = {"vocabulary": 5, "features": 4, "mlp_features": 6, "depth": 2, "num_heads": 2}
 FIELDS = {"max_history": 3, "mode": "hc", "temperature": 0.5, "prune_threshold": 0.1}
 RNGS = nnx.Rngs(0)
 
@@ -40,7 +40,6 @@ TORCH = {
     "basic": lambda **o: torch_nn.MHCBasicBlock(3, 3, **o).skip.config,
     "bottleneck": lambda **o: torch_nn.MHCBottleneck(3, 3, **o).skip.config,
     "injected": lambda **o: injected(**o).config,
-    "transformer": lambda **o: MHCTransformer(5, **SHAPE, **o).stack.skip_layers[1].config,
 }
 JAX = {
     "skip": lambda **o: jax_nn.MHCSkip(**o).config,
@@ -49,7 +48,6 @@ JAX = {
     "conv": lambda **o: jax_nn.MHCConv(3, 3, (3, 3), rngs=RNGS, **o).skip.config,
     "basic": lambda **o: jax_nn.MHCBasicBlock(3, 3, rngs=RNGS, **o).skip.config,
     "bottleneck": lambda **o: jax_nn.MHCBottleneck(3, 3, rngs=RNGS, **o).skip.config,
-    "transformer": lambda **o: JaxTransformer(5, rngs=RNGS, **SHAPE, **o).stack.config,
 }
 HISTORY = [(make, mhc_torch.MHCConfig) for make in TORCH.values()]
 HISTORY += [(make, jax_nn.skip.MHCConfig) for make in JAX.values()]
@@ -101,11 +99,21 @@ def test_matrix_skips_and_streams():
     assert layer(RNGS, 0).config == JaxStreamConfig(2, "kronecker")
     stack = jax_nn.StreamStack(layer, 2, config=JaxStreamConfig(2), rngs=RNGS)
     assert stack.streams == torch_nn.StreamStack([], config=StreamConfig(2)).streams == 2
-    model = MHCTransformer(5, connection="streams", config=StreamConfig(2), constraint="kronecker", **SHAPE)
-    assert model.stack.layers[1].mlp.config == StreamConfig(2, "kronecker")
-    assert model.stack.streams == 2
     buffer = torch_nn.HistoryBuffer(config=mhc_torch.MHCConfig(max_history=3), detach_history=True)
     assert (buffer.max_history, buffer.detach_history) == (3, True)
+
+
+def test_connections_of_a_decoder():
+    theirs, ours = torch_models.DecoderConfig(**SIZES), jax_models.DecoderConfig(**SIZES)
+    model = torch_models.Decoder(theirs, mhc_torch.MHCConfig(**FIELDS), temperature=2.0)
+    assert model.model.layers[1].skip.config == mhc_torch.MHCConfig(**FIELDS | {"temperature": 2.0})
+    model = jax_models.Decoder(ours, jax_nn.skip.MHCConfig(**FIELDS), temperature=2.0, rngs=RNGS)
+    assert model.stack.config == jax_nn.skip.MHCConfig(**FIELDS | {"temperature": 2.0})
+    model = torch_models.Decoder(theirs, StreamConfig(2), constraint="kronecker")
+    assert model.model.layers[1].ffn_hc.config == StreamConfig(2, "kronecker")
+    model = jax_models.Decoder(ours, JaxStreamConfig(2), constraint="kronecker", rngs=RNGS)
+    assert model.stack.layers.ffn_hc.config == JaxStreamConfig(2, "kronecker")
+    assert model.stack.streams == 2
 
 
 def projected(z, options):

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from jax import export
 
-from mhc_jax.models import MHCResNet, MHCTransformer
+from mhc_jax.models import Decoder, DecoderConfig, MHCResNet
 from mhc_jax.monitoring.diagnostics import diagnose
 from mhc_jax.nn import MatrixMHCSkip, MHCConv, MHCSequential, MHCSkip, MHCStack
 from mhc_jax.training import TrainState, make_train_step
@@ -21,8 +21,8 @@ MODELS = {
     "stack": (lambda rngs: MHCStack(lambda rngs: nnx.Linear(8, 8, rngs=rngs), 5, rngs=rngs), (X,)),
     "conv": (lambda rngs: MHCConv(3, 4, (3, 3), rngs=rngs), (jnp.ones((2, 4, 4, 3)),)),
     "resnet": (lambda rngs: MHCResNet((1, 1), 3, features=4, rngs=rngs), (jnp.ones((2, 4, 4, 3)),)),
-    "transformer": (
-        lambda rngs: MHCTransformer(9, features=8, num_heads=2, depth=3, max_length=4, rngs=rngs),
+    "decoder": (
+        lambda rngs: Decoder(DecoderConfig(9, features=8, mlp_features=8, depth=3, num_heads=2), "history", rngs=rngs),
         (jnp.ones((2, 4), int),),
     ),
 }

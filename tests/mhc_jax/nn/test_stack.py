@@ -128,15 +128,6 @@ def test_stochastic_mixing_draws_in_training_only():
     np.testing.assert_array_equal(stack(x), stack(x))
 
 
-def test_sequential_keeps_batch_statistics_and_a_stack_refuses_them():
-    rngs = nnx.Rngs(0)
-    model = MHCSequential([nnx.BatchNorm(WIDTH, rngs=rngs)])
-    model(10 + jax.random.normal(jax.random.key(0), (8, WIDTH)))
-    assert (model.wrapped_modules[0].mean[...] > 0).all()
-    with pytest.raises(TypeError, match=r"mean.*use MHCSequential"):
-        MHCStack(lambda rngs: nnx.BatchNorm(WIDTH, rngs=rngs), 2, rngs=rngs)
-
-
 def test_auto_project_follows_the_widths_of_the_states():
     rngs = nnx.Rngs(0)
     modules = [nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)]

@@ -211,9 +211,9 @@ def test_backward_keeps_the_streams_the_output_and_numbers_of_the_maps(implement
     [
         ({"output": jnp.ones((3, 5))}, ValueError, r"of 2 that is \(3, 4\), its output has \(3, 5\)"),
         (
-            {"output": jnp.ones((3, 4), jnp.bfloat16)},
+            {"streams": jnp.ones((3, 2, 4), jnp.bfloat16)},
             TypeError,
-            "must keep the dtype of the streams float32, .* bfloat16",
+            "must fit into the streams, bfloat16, and has float32",
         ),
         ({"post": jnp.ones((3, 3))}, ValueError, r"shapes \(3, 2\) and \(3, 2, 2\), got \(3, 3\)"),
         ({"res": jnp.ones((3, 2))}, ValueError, r"got \(3, 2\) and \(3, 2\)"),

@@ -208,8 +208,8 @@ def test_bad_input_is_refused():
         streams.scan_layers(lambda params, x: x, {}, x)
     with pytest.raises(ValueError, match=r"keep the shape of its input \(3, 8\), its output has \(3, 4\)"):
         streams.wrap(lambda h: h[:, :4], config)(params, x)
-    with pytest.raises(TypeError, match="keep the dtype of the streams float32, its output has bfloat16"):
-        streams.wrap(lambda h: h.astype(jnp.bfloat16), config)(params, x)
+    with pytest.raises(TypeError, match="must fit into the streams, bfloat16, and has float32"):
+        streams.wrap(lambda h: h.astype(float), config)(params, x.astype(jnp.bfloat16))
     with pytest.raises(ValueError, match="how must be 'mean' or 'sum', got 'max'"):
         streams.reduce(x, "max")
     with pytest.raises(ValueError, match="streams must be at least 1, got 0"):

@@ -7,12 +7,12 @@ import optax
 import pytest
 from flax import nnx
 
-from mhc_jax.models import MHCResNet, MHCTransformer
+from mhc_jax.models import Decoder, DecoderConfig, MHCResNet
 from mhc_jax.monitoring import diagnostics
 from mhc_jax.monitoring.dashboard import dashboard
 from mhc_jax.monitoring.figures import composite_gain, window_matrices
 from mhc_jax.monitoring.nonfinite import report_nonfinite
-from mhc_jax.nn import HyperConnections, MatrixMHCSkip, MHCSequential, MHCStack
+from mhc_jax.nn import HyperConnections, MatrixMHCSkip, MHCSequential, MHCStack, StreamStack
 from mhc_jax.training import TrainState, make_train_step
 from mhc_jax.training.sharding import data_mesh, fully_sharded, replicated, shard_batch
 from tests import streams_reference
@@ -143,23 +143,25 @@ def test_diagnostics_find_all_kinds_of_connections_at_any_depth():
     assert jax.tree.all(jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), report))
 
 
+class TwoBranches(nnx.Module):
+    """A layer of a stream network."""
+
+    def __init__(self, rngs, index):
+        first, second = (nnx.Linear(6, 6, rngs=rngs) for _ in range(2))
+        self.attention = HyperConnections(first, 6, streams=3, iterations=4, layer_index=2 * index)
+        self.mlp = HyperConnections(second, 6, streams=3, iterations=4, layer_index=2 * index + 1)
+
+    def __call__(self, streams):
+        return self.mlp(self.attention(streams))
+
+
 def test_diagnostics_of_stream_networks():
-    model = MHCTransformer(
-        8,
-        features=6,
-        num_heads=2,
-        depth=3,
-        max_length=4,
-        connection="streams",
-        streams=3,
-        iterations=4,
-        rngs=nnx.Rngs(0),
-    )
+    model = nnx.Dict(stack=StreamStack(TwoBranches, 3, 3, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     layers = model.stack.layers
     for connection in (layers.attention, layers.mlp):
         connection.bias.set_value(jnp.asarray(rng.normal(size=connection.bias.shape), jnp.float32))
-    grads = nnx.jit(nnx.grad(lambda model: jnp.mean(model(jnp.ones((1, 4), int)) ** 2)))(model)
+    grads = nnx.jit(nnx.grad(lambda model: jnp.mean(model.stack(jnp.ones((1, 4, 6))) ** 2)))(model)
     report = nnx.jit(diagnostics.diagnose)(model, grads)
     assert set(report) == {"stack"}
     figures = report["stack"]
@@ -195,6 +197,17 @@ def test_diagnostics_of_stream_networks():
     np.testing.assert_allclose(figures["gain_backward"], np.abs(product).sum(0).max(), rtol=1e-4)
     assert metrics["mhc/stack/gain_forward"] == figures["gain_forward"]
     assert metrics["mhc/stack/gain_backward"] == figures["gain_backward"]
+
+
+def test_diagnostics_of_a_decoder():
+    config = DecoderConfig(8, features=6, mlp_features=6, depth=3, num_heads=1)
+    model = Decoder(config, "streams", streams=3, rngs=nnx.Rngs(0))
+    grads = nnx.jit(nnx.grad(lambda model: model.loss(jnp.ones((1, 4), int))))(model)
+    figures = nnx.jit(diagnostics.diagnose)(model, grads)["stack"]
+    assert figures["res"].shape == (6, 3, 3)
+    expected = [np.linalg.norm(grads["stack"]["layers"][name]["bias"][1]) for name in ("attn_hc", "ffn_hc")]
+    assert (np.asarray(figures["maps_grad_norm"][2:4]) >= expected).all()
+    assert "grad_norm" not in figures  # the branches are not below their connections
 
 
 def test_a_lone_hyper_connection_is_a_stack_of_one():
