@@ -70,6 +70,53 @@ def test_a_kernel_for_a_device_that_is_not_here(target, tmp_path):
     assert kernel["bundles"] > 100 if platform == "tpu" else 16 <= kernel["registers"] <= 255
 
 
+FORMS = """
+import json, sys
+from benchmarks.accelerators.worker import prepare
+from benchmarks.accelerators.targets import TARGETS
+target = TARGETS[sys.argv[1]]
+prepare(target.platform, None)
+import jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from benchmarks.accelerators.figures import figures
+from mhc_jax import streams
+from mhc_jax.history import MHCConfig, apply_layers
+
+device, depth, tokens, width, n = SingleDeviceSharding(target.device()), 16, 4096, 8192, 4
+def moved(function, *shapes, dtype=jnp.bfloat16):
+    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=device) for shape in shapes]
+    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(target.platform,))
+    return figures(lowered.compile(), target, None)["bytes"] / (2 * tokens * width)
+def loss(size, *arguments):
+    config = MHCConfig(max_history=size, mode="mhc" if size > 1 else "residual")
+    return apply_layers(lambda p, x: jnp.tanh(p * x), *arguments, config).astype(jnp.float32).sum()
+def history(size):
+    gradient = jax.grad(lambda *arguments: loss(size, *arguments), (0, 1, 2))
+    return moved(gradient, (depth, width), (tokens, width), (depth, size))
+def write(x, y):
+    ones = jnp.ones(x.shape[:-1], jnp.float32)
+    return streams.write(x, y, ones * y[:, :1], ones[..., None] * y[:, None, :n].astype(jnp.float32))
+residual = history(1)
+print(json.dumps({
+    "H=4": (history(4) - residual) / depth,
+    "H=12": (history(12) - residual) / depth,
+    "write": moved(write, (tokens, n, width), (tokens, width)),
+}))
+"""
+
+
+@pytest.mark.parametrize(("target", "narrow", "wide"), [("v5e", 11, 28), ("h100", 17, 39.5)])
+def test_the_forms_that_a_platform_likes(target, narrow, wide):
+    result = in_lab("-c", FORMS, target)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    # States a layer, beside the residual ones. A TPU reads a window once forward and once backward, and copies nothing.
+    assert found["H=4"] <= narrow
+    assert found["H=12"] <= wide
+    # Of one stream: n + 1 read and n written.
+    assert found["write"] == pytest.approx(9, rel=0.01)
+
+
 def test_a_target_that_does_not_exist_is_one_line():
     result = in_lab("-m", "benchmarks.accelerators", "--target", "v9")
     assert result.returncode == 2

@@ -290,6 +290,7 @@ def test_a_scan_over_boundaries_is_the_scan_over_layers(block_length):
             wide = [shape for shape in kept if shape[-2:] == (7, 18) or shape[-3:] == (7, 3, width)]
             if function is over_boundaries:
                 last = [(7, 3, width)]
-                assert sorted(wide) == sorted(last + ([(4, 7, 18)] * 2 if block_length == 1 else [(2, 7, 18)]))
+                layers = [(4, 7, 3, width)] * 2 if block_length == 1 else [(2, 7, 3, width)]
+                assert sorted(wide) == sorted(last + layers)
     for ours, theirs in zip(*map(jax.tree.leaves, outcomes), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12 * max(1, np.abs(theirs).max()))
