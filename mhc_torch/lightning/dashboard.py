@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mhc_torch.lightning.packages import EitherTrainer
 from mhc_torch.monitoring.connection import connections, idle
 from mhc_torch.monitoring.diagnostics import (
     composite_gains,
@@ -29,20 +30,6 @@ except ImportError as error:
 
 _PUBLISHED_ORDER = "; the mhc package's order is (log_mixing_weights, log_interval, prefix): give these by name"
 _BACKENDS = ("tensorboard", "wandb", "mlflow", "comet", "clearml", "csv")
-
-
-@runtime_checkable
-class _Trainer(Protocol):
-    """What is asked of a Trainer: those of `lightning` and of `pytorch_lightning` have no base in common."""
-
-    @property
-    def global_step(self) -> int: ...
-    @property
-    def is_global_zero(self) -> bool: ...
-    @property
-    def loggers(self) -> list[Any]: ...
-    @property
-    def callback_metrics(self) -> dict[str, Any]: ...
 
 
 class MHCLightningCallback(Callback):
@@ -108,16 +95,16 @@ class MHCLightningCallback(Callback):
         if self.log_mixing_weights:
             import mhc_torch.monitoring.heatmap  # noqa: F401  a missing matplotlib shows now, not hours into training
 
-    def on_train_batch_start(self, trainer: _Trainer, pl_module: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_start(self, trainer: EitherTrainer, pl_module: nn.Module, *args: Any, **kwargs: Any) -> None:
         reset_history(pl_module)
 
     on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
-    def on_train_start(self, trainer: _Trainer, pl_module: nn.Module) -> None:
+    def on_train_start(self, trainer: EitherTrainer, pl_module: nn.Module) -> None:
         if self.logging_backend is not None and not self._loggers(trainer):
             rank_zero_warn(f"the Trainer has no {self.logging_backend} logger: there will be no mHC dashboard")
 
-    def on_train_batch_end(self, trainer: _Trainer, pl_module: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(self, trainer: EitherTrainer, pl_module: nn.Module, *args: Any, **kwargs: Any) -> None:
         if self._looked:
             return
         self._looked = True
@@ -132,7 +119,7 @@ class MHCLightningCallback(Callback):
                 "history, a list of past states, or put their layers into an MHCSequential"
             )
 
-    def on_before_optimizer_step(self, trainer: _Trainer, pl_module: nn.Module, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: EitherTrainer, pl_module: nn.Module, optimizer: Optimizer) -> None:
         step = trainer.global_step
         if step % self.log_interval:
             return
@@ -153,7 +140,7 @@ class MHCLightningCallback(Callback):
             for logger in loggers:
                 log_picture(logger, f"{self.prefix}/mixing_weights", picture, step)
 
-    def _loggers(self, trainer: _Trainer) -> list[Any]:
+    def _loggers(self, trainer: EitherTrainer) -> list[Any]:
         return [logger for logger in trainer.loggers if self.logging_backend in (None, *logger_kinds(logger))]
 
     def _metrics(self, weights: Mapping[str, Tensor], pl_module: nn.Module) -> dict[str, float]:

@@ -14,6 +14,7 @@ from weakref import WeakSet
 import torch
 from lightning.pytorch.loggers.logger import Logger
 
+from mhc_torch.lightning.packages import EitherLogger
 from mhc_torch.tracking.backends import Queued
 from mhc_torch.tracking.outbox import Interrupts
 from mhc_torch.tracking.system import SystemMonitor
@@ -153,7 +154,7 @@ class Experiment:
         return f"Experiment({self.name!r}, {self.project!r}, {len(self.loggers)} backends, {state})"
 
 
-def _is_default(logger: Logger, folder: str) -> bool:
+def _is_default(logger: EitherLogger, folder: str) -> bool:
     """Whether it is, or equals, the one that Lightning makes where no logger was given."""
     kind = type(logger)
     lightning = kind.__module__.startswith(("lightning.", "pytorch_lightning."))

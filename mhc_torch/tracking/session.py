@@ -12,10 +12,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
 from pydantic import Field
+from torch import nn
 
+from mhc_torch.lightning.packages import EitherTrainer
 from mhc_torch.lightning.settings import Settings, require, require_writable
 from mhc_torch.monitoring.logging import get_logger
 from mhc_torch.tracking.backends import BACKENDS, WITH_KEY, WITH_URL, Queued, Run, open_backend
@@ -140,7 +142,7 @@ class AttachExperiment(Callback):
     def __init__(self) -> None:
         self.process = os.getpid()
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: EitherTrainer, pl_module: nn.Module, stage: str) -> None:
         if trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]  # neither logs
             return
         if os.getpid() != self.process:
@@ -153,7 +155,7 @@ class AttachExperiment(Callback):
             if stage == "fit":
                 experiment.log_hyperparams({"trainer": trainer_settings(trainer)})
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: EitherTrainer, pl_module: nn.Module) -> None:
         experiment = get_active_experiment()
         if experiment is not None and trainer.global_step < experiment.trained_to:
             warnings.warn(
@@ -163,7 +165,7 @@ class AttachExperiment(Callback):
                 stacklevel=2,
             )
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: EitherTrainer, pl_module: nn.Module) -> None:
         if (experiment := get_active_experiment()) is not None:
             experiment.trained_to = max(experiment.trained_to, trainer.global_step)
 
@@ -174,7 +176,7 @@ class LateTrainer(Callback):
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: EitherTrainer, pl_module: nn.Module, stage: str) -> None:
         if self.experiment is get_active_experiment() and not set(trainer.loggers) & set(self.experiment.loggers):
             warnings.warn(
                 f"this Trainer was made before the experiment {self.experiment.name!r} was started, so it is not "
@@ -196,7 +198,7 @@ def attachments() -> list[Callback]:
     return [AttachExperiment()] if get_active_experiment() is not None and _tracks_lightning else []
 
 
-def trainer_settings(trainer: Trainer) -> dict[str, Any]:
+def trainer_settings(trainer: EitherTrainer) -> dict[str, Any]:
     """What of a Trainer belongs to the hyperparameters of a run."""
     names = ["max_epochs", "max_steps", "precision", "num_devices", "num_nodes"]
     names += ["accumulate_grad_batches", "gradient_clip_val"]
