@@ -196,8 +196,9 @@ def _published_below(prefix: str, keys: list[str]) -> dict[str, str]:
 
 def _take_published(target: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Hook of an injected module, before it loads."""
-    for theirs, ours in _published_below(prefix, [key for key in state_dict if key.startswith(prefix)]).items():
-        state_dict[ours] = state_dict.pop(theirs)
+    names = _published_below(prefix, [key for key in state_dict if key.startswith(prefix)])
+    # All out before one comes in: their `skip` may be the name of a child of ours.
+    state_dict |= {names[theirs]: value for theirs, value in [(theirs, state_dict.pop(theirs)) for theirs in names]}
 
 
 def placement(target: nn.Module) -> dict[str, Any]:

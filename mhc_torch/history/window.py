@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mhc_torch.history.config import MHCConfig, resolve_config
 from mhc_torch.history.mixing import mix
+from mhc_torch.options import settable
 
 
 class HistoryBuffer(nn.Module):
@@ -22,18 +23,21 @@ class HistoryBuffer(nn.Module):
         detach_history: keep the states without their graph, so that no gradient flows through history.
         config: has what is left out, by default `get_default_config()`.
 
+    `max_history` and `detach_history` can be set later, and hold for the states that are appended from then on.
+
     Raises:
-        TypeError, ValueError: as MHCConfig.
+        TypeError, ValueError: as MHCConfig, on setting one too.
     """
 
     def __init__(
         self, max_history: int | None = None, detach_history: bool | None = None, *, config: MHCConfig | None = None
     ) -> None:
         super().__init__()
-        config = resolve_config(config, max_history=max_history, detach_history=detach_history)
-        self.max_history = config.max_history
-        self.detach_history = config.detach_history
+        self.config = resolve_config(config, max_history=max_history, detach_history=detach_history)
         self._states: list[Tensor] = []
+
+    max_history = settable("max_history")
+    detach_history = settable("detach_history")
 
     def append(self, x: Tensor) -> None:
         """Remember `x` as the latest state.
@@ -47,7 +51,7 @@ class HistoryBuffer(nn.Module):
 
     def with_state(self, states: list[Tensor], x: Tensor) -> list[Tensor]:
         """`states` and the state `x` after them, as this buffer would keep them: a new list."""
-        return appended(states, x, self.max_history, self.detach_history)
+        return appended(states, x, self.config.max_history, self.config.detach_history)
 
     def replace(self, states: list[Tensor]) -> None:
         """Keep `states` in place of what is kept."""

@@ -203,3 +203,35 @@ def test_projections_take_spectral_norm_after_the_first_forward():
 def test_what_the_published_package_passes_over_in_silence_is_an_error(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# Options that are set after construction.
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_annealing_reaches_code_that_is_compiled():
+    stack = MHCSequential([nn.Linear(3, 3) for _ in range(4)], init="uniform")
+    nn.init.normal_(stack.skip_layers[2].mixing_logits)
+    compiled, x = torch.compile(copy.deepcopy(stack), backend="eager", fullgraph=True), torch.randn(2, 3)
+    before = compiled(x)
+    for temperature in (1.0, 0.5, 0.1):
+        stack.skip_layers[2].temperature = compiled.skip_layers[2].temperature = temperature
+        torch.testing.assert_close(compiled(x), stack(x))
+    assert not torch.allclose(compiled(x), before)
+
+
+def test_options_of_a_buffer_are_checked_when_they_are_set():
+    """Before: max_history = 0 kept every state."""
+    stack = MHCSequential([nn.Linear(3, 3)], clear_history_each_forward=False, max_history=4)
+    buffer = stack.history_buffer
+    for value, error in ((0, ValueError), (2.5, TypeError), ("4", TypeError)):
+        with pytest.raises(error, match="max_history must be"):
+            buffer.max_history = value
+    with pytest.raises(TypeError, match="detach_history must be of type bool, got 'no'"):
+        buffer.detach_history = "no"
+    x = torch.randn(2, 3, requires_grad=True)
+    stack(x)
+    buffer.max_history, buffer.detach_history = 1, True
+    stack(x)
+    assert len(buffer) == 1
+    assert not buffer.get()[0].requires_grad

@@ -18,15 +18,15 @@ from mhc_torch.injection import published_keys
 
 
 class Residual(nn.Module):
-    """A target with children of its own, one of which has the name of what the published package adds."""
+    """A target with children of its own, one of which has the name, and the key, of what the published package adds."""
 
     def __init__(self):
         super().__init__()
         self.norm = nn.BatchNorm1d(4)
-        self.skip = nn.Linear(4, 4)
+        self.skip = MHCSkip(max_history=2)
 
     def forward(self, x):
-        return self.skip(self.norm(x))
+        return self.skip(self.norm(x), [x, 2 * x])
 
 
 def model():
@@ -73,10 +73,12 @@ def test_ours_load_as_before():
     ours.load_state_dict(state, strict=True)
     assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
     plain = model().double()
+    nn.init.normal_(plain[2].skip.mixing_logits)
     found = ours.load_state_dict(plain.state_dict(), strict=False)
     assert not found.unexpected_keys
     assert {name.rpartition(".")[2] for name in found.missing_keys} == {"mixing_logits"}
-    assert torch.equal(ours[2].skip.weight, plain[2].skip.weight)
+    assert torch.equal(ours[2].norm.running_var, plain[2].norm.running_var)
+    assert torch.equal(ours[2].skip.mixing_logits, plain[2].skip.mixing_logits)
 
 
 def test_a_published_key_too_many_is_still_an_error(tmp_path):
@@ -95,7 +97,7 @@ def test_what_a_published_wrapper_has_is_reachable():
     assert isinstance(ours[0].skip, MHCSkip)
     assert isinstance(ours[0].history_buffer, HistoryBuffer)
     assert ours[0].history_buffer is ours[2].history_buffer
-    assert isinstance(ours[2].skip, nn.Linear), "what a target has itself stays"
+    assert ours[2].skip is not ours[2].mhc_skip, "what a target has itself stays"
     names = [name for name, _ in ours.named_parameters()]
     assert len(names) == len(list(ours.parameters())) == len(list(theirs.parameters()))
     assert not any("base_module" in name for name in [*names, *ours.state_dict()])
