@@ -30,7 +30,7 @@ _SMALLEST = 1e-6
 # Colours darker than this could be taken for black.
 _DARK = 0.2
 # In pixels. With what stands around the cells, a picture is at most 1080 high.
-_CELLS_WIDTH, _CELLS_HEIGHT, _ROW, _LINE, _MARGIN = 440, 960, 16, 12, 10
+_CELLS_WIDTH, _CELLS_HEIGHT, _ROW, _LINE, _MARGIN = 320, 960, 12, 12, 10
 
 
 def heat_cells(weights: Mapping[str, Float[Tensor, "_"]]) -> Float[np.ndarray, "layers columns"]:
