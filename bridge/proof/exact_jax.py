@@ -48,7 +48,7 @@ class Lift:
         return jnp.asarray(exact)
 
 
-def inexact(array: np.ndarray) -> np.ndarray:
+def inexact(array: Any) -> Any:
     """Where numbers look rounded: neither whole nor short in binary (0.5), and of less than float64."""
     if array.dtype == np.float64:
         return np.zeros(array.shape, bool)

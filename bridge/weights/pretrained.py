@@ -22,7 +22,7 @@ from mhc_jax.streams import StreamConfig as JaxStreamConfig
 from mhc_torch.history.config import MHCConfig
 from mhc_torch.streams import StreamConfig
 
-Decoder = TypeVar("Decoder", bound="jax_models.Decoder | torch_models.Decoder")
+Decoder = TypeVar("Decoder", bound=jax_models.Decoder | torch_models.Decoder)
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 _EXACT = [("bfloat16", "float32"), ("float16", "float32")]  # what holds every value of what
@@ -34,6 +34,15 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         FileNotFoundError: the folder has none.
         ValueError: it holds no object of JSON.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import bridge
+        >>> folder = tempfile.mkdtemp()
+        >>> _ = Path(folder, "config.json").write_text('{"model_type": "llama", "hidden_size": 16}')
+        >>> bridge.read_config(folder)
+        {'model_type': 'llama', 'hidden_size': 16}
     """
     path = Path(folder) / "config.json"
     try:
@@ -64,21 +73,36 @@ def load_pretrained(folder: str | os.PathLike[str], decoder: Decoder) -> Decoder
             missing or left over. Nothing is written then.
 
     Example:
-        config = DecoderConfig.from_transformers(bridge.read_config("Qwen3-0.6B"))
-        model = bridge.load_pretrained("Qwen3-0.6B", Decoder(config, "streams", rngs=nnx.Rngs(0)))
+        >>> import tempfile
+        >>> import bridge
+        >>> from flax import nnx
+        >>> from mhc_jax.models import Decoder, DecoderConfig
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        >>> folder = tempfile.mkdtemp()
+        >>> LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).save_pretrained(folder)
+        >>> config = DecoderConfig.from_transformers(bridge.read_config(folder))
+        >>> model = bridge.load_pretrained(folder, Decoder(config, "streams", rngs=nnx.Rngs(0)))
+        >>> model.embed_tokens.embedding.shape
+        (20, 8)
     """
     folder = Path(folder)
     stored, asked = (asdict(c) for c in (type(decoder.config).from_transformers(read_config(folder)), decoder.config))
     if other := [f"{name} is {stored[name]}, not {size}" for name, size in asked.items() if stored[name] != size]:
         raise ValueError(f"{folder} does not fit decoder.config: {', '.join(other)}")
-    reader = open_file(folder / (_INDEX if (folder / _INDEX).exists() else _WHOLE))
+    with open_file(folder / (_INDEX if (folder / _INDEX).exists() else _WHOLE)) as reader:
+        _fill(decoder, reader, folder)
+    return decoder
+
+
+def _fill(decoder: jax_models.Decoder | torch_models.Decoder, reader: Reader, folder: Path) -> None:
     if isinstance(decoder, nn.Module):
         leaves = torch_leaves(decoder)
         sources = _sources(reader, leaves, folder)
         with torch.no_grad():
             for name, source in sources.items():
                 leaves[name].copy_(to_torch(reader.read(source)))
-        return decoder  # type: ignore[return-value]
+        return
     found = match(decoder, _twin(decoder))
     sources = _sources(reader, found.torch, folder)
     links = {link.torch.path: link for link in found.links if link.torch.path in sources}
@@ -89,7 +113,6 @@ def load_pretrained(folder: str | os.PathLike[str], decoder: Decoder) -> Decoder
 
     for path, values in jax_values(links.values(), read, likes):
         found.jax[path].set_value(to_jax(values, getattr(likes[path], "sharding", None)))
-    return decoder
 
 
 def _twin(decoder: jax_models.Decoder) -> torch_models.Decoder:

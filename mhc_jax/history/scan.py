@@ -442,9 +442,7 @@ def _by_matrix(
     return lax.map(partial(products, size=size), jnp.asarray(firsts))[c // size, c - firsts[c // size]]
 
 
-def _by_sums(
-    rows: State, start: Array | int, count: int, x: State, total: State, dtype: Any
-) -> Float[Array, "count+1"]:
+def _by_sums(rows: State, start: Array | int, count: int, x: State, total: State, dtype: Any) -> Float[Array, " more"]:
     """For a TPU: a sum for each row, and one for `total`, which nobody needs.
 
     It makes one pass of the sums and of what made `total`: the compiler joins what makes an array with what sums it up,

@@ -156,7 +156,7 @@ def window_maps(skips: Sequence[Any]) -> Float[Tensor, "L H H"]:
     return maps
 
 
-def tape_of(skips: Sequence[Any], x: Float[Tensor, "*shape"], states: int, detach_history: bool) -> Tape | None:
+def tape_of(skips: Sequence[Any], x: Inexact[Tensor, "*shape"], states: int, detach_history: bool) -> Tape | None:
     """The logits of all layers, projected at once; the first layer sees so many `states`, each next one more.
 
     None where they cannot be: skips that no longer share their settings project for themselves, and so do those

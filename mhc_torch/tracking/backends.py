@@ -57,7 +57,7 @@ class Queued:
         _ = self.experiment  # type: ignore[attr-defined]
         self.outbox = Outbox(backend, self._send, self.write, unsent, timeout)
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         if self.outbox.inside:  # TensorBoardLogger.log_hyperparams logs a metric
             super().log_metrics(metrics, step)  # type: ignore[misc]
             return
@@ -199,7 +199,7 @@ class _MLflow(Queued, MLFlowLogger):  # type: ignore[misc]
         return self._folder
 
 
-class _Comet(Queued, CometLogger):  # type: ignore[misc]
+class _Comet(Queued, CometLogger):
     def open(self, backend: str, unsent: Path, timeout: float) -> None:
         super().open(backend, unsent, timeout)
         # Comet would end the run by itself before `atexit` lets us send what waits.

@@ -141,7 +141,7 @@ def test_a_resnet_and_a_transformer_there_and_back(tmp_path):
     tokens = np.arange(12).reshape(2, 6)
     for name, pair in (
         ("resnet", lambda: benchmark.resnet((1, 1), 5, 4)),
-        ("transformer", lambda: benchmark.transformer(13, 8, 2, 3, 6)),
+        ("transformer", lambda: benchmark.decoder(vocabulary=13, features=8, mlp_features=12, depth=2, num_heads=2)),
     ):
         ours, theirs = pair()
         bridge.convert(randomize(theirs), ours)

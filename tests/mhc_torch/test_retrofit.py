@@ -205,6 +205,7 @@ def test_copies():
     assert torch.equal(twin(x).logits, learned("gpt2")(x).logits)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_compiles_whole():
     model, x = stir(retrofit(learned("llama"), streams=2, iterations=2)), inputs("llama")
     compiled = torch.compile(model, fullgraph=True, backend="eager")

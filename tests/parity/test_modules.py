@@ -175,6 +175,7 @@ def refused(call):
     return None
 
 
+@pytest.mark.usefixtures("unchecked")  # it is our own refusals that are compared
 @pytest.mark.parametrize("case", BAD)
 def test_the_same_words(case):
     ours, theirs = map(refused, both(BAD[case]))
@@ -182,6 +183,7 @@ def test_the_same_words(case):
     assert ours == theirs
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_streams_of_a_stack():
     ours = refused(lambda: jax_nn.StreamStack(None, 1, 17, rngs=RNGS))
     assert ours == refused(lambda: torch_nn.StreamStack([], 17)) == refused(lambda: StreamConfig(17)) is not None

@@ -188,6 +188,7 @@ def outcome(change):
     return None
 
 
+@pytest.mark.usefixtures("unchecked")  # it is our own refusals that are compared
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [
@@ -229,6 +230,7 @@ def test_noise_can_be_set_on_and_off():
     assert not np.allclose(noisy(jnp.zeros(3), arrays), quiet.detach())
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_matrix_skips_can_change_too():
     theirs, ours = torch_nn.MatrixMHCSkip(3), jax_nn.MatrixMHCSkip(3, rngs=nnx.Rngs(0))
     logits = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
@@ -256,6 +258,7 @@ def test_a_mode_without_weights_freezes_them():
     assert not skip.mixing_logits.requires_grad
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_compiled_functions_see_a_change():
     skip = torch_nn.MHCSkip(init="uniform", max_history=2)
     compiled = torch.compile(skip, backend="eager", fullgraph=True)

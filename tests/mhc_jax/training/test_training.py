@@ -207,7 +207,13 @@ def test_diagnostics_of_a_decoder():
     assert figures["res"].shape == (6, 3, 3)
     expected = [np.linalg.norm(grads["stack"]["layers"][name]["bias"][1]) for name in ("attn_hc", "ffn_hc")]
     assert (np.asarray(figures["maps_grad_norm"][2:4]) >= expected).all()
-    assert "grad_norm" not in figures  # the branches are not below their connections
+    # Norms and projections of both branches, which lie beside their connections.
+    layers = grads["stack"]["layers"]
+    branches = [("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")]
+    squares = [
+        sum(np.square(leaf[1]).sum() for name in names for leaf in jax.tree.leaves(layers[name])) for names in branches
+    ]
+    np.testing.assert_allclose(figures["grad_norm"][2:4], np.sqrt(squares), rtol=1e-5)
 
 
 def test_a_lone_hyper_connection_is_a_stack_of_one():
