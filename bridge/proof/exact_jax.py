@@ -48,7 +48,7 @@ class Lift:
         return jnp.asarray(exact)
 
 
-def inexact(array: Any) -> Any:
+def inexact(array: np.ndarray) -> np.ndarray:
     """Where numbers look rounded: neither whole nor short in binary (0.5), and of less than float64."""
     if array.dtype == np.float64:
         return np.zeros(array.shape, bool)
@@ -56,12 +56,12 @@ def inexact(array: Any) -> Any:
     with np.errstate(invalid="ignore", over="ignore"):
         mantissa = np.ldexp(np.frexp(wide)[0], int(-np.log2(epsilon(array.dtype))) // 2)  # whole: the lower bits are 0
         short = (mantissa == np.rint(mantissa)) | (wide == np.rint(wide))
-    return ~short & np.isfinite(wide)
+    return np.asarray(~short & np.isfinite(wide))  # numpy makes numbers of arrays without axes
 
 
 def blurred(array: np.ndarray, amplitude: Any, generator: np.random.Generator) -> np.ndarray:
     """The array with every number off by plus or minus `amplitude`, relatively."""
-    return array * (1 + amplitude * generator.choice([-1.0, 1.0], array.shape))
+    return np.asarray(array * (1 + amplitude * generator.choice([-1.0, 1.0], array.shape)))
 
 
 _compilations: dict[Any, Any] = {}
