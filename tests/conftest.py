@@ -13,13 +13,20 @@ import tests.checked  # noqa: F401  (pytest is told its name, and does not impor
 
 # Two xdist workers on two cores: one thread each, or they fight.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Sharding is tested on a mesh of eight host devices. Most of the time goes into compiling: LLVM need not try hard.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+# Sharding is tested on a mesh of eight host devices, which may wait for each other long where cores are few. Most of
+# the time goes into compiling: LLVM need not try hard.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=500 "
+    "--xla_backend_optimization_level=0",
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiled programs are kept between runs and shared by the workers.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("MPLBACKEND", "agg")
+# A warning is an error; these are of how Lightning's command line uses jsonargparse.
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 # Nothing in the tests may wait for a network.
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -6,7 +6,7 @@ All give the same state and the same gradients, and bear the same hooks; they di
 import enum
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor, nn
 
 from mhc_torch import _private, native
@@ -26,7 +26,7 @@ class Way(enum.Enum):
     """Operations of torch, for whatever wants to follow each of them."""
 
 
-def of_stack(x: Float[Tensor, "*shape"], weights: Float[Tensor, "L H"], *, alone: bool) -> Way | None:
+def of_stack(x: Inexact[Tensor, "*shape"], weights: Float[Tensor, "L H"], *, alone: bool) -> Way | None:
     """The way of a stack that begins with `x`; None if each of its sums goes its own.
 
     Args:

@@ -206,6 +206,7 @@ def test_copies():
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at all attributes of a state
 def test_compiles_whole():
     model, x = stir(retrofit(learned("llama"), streams=2, iterations=2)), inputs("llama")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
