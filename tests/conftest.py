@@ -54,6 +54,14 @@ class _WrongOnPurpose:
 pytest.RaisesExc.__enter__, pytest.RaisesExc.__exit__ = _WrongOnPurpose.__enter__, _WrongOnPurpose.__exit__
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_of_this_file_alone():
+    """What JAX has compiled grows to gigabytes, and full caches forget what a test counts on being found."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+
+
 @pytest.fixture
 def unchecked(monkeypatch):
     """Functions as they are written, without the checks of annotations: `torch.compile` would have to trace them."""

@@ -62,7 +62,7 @@ def scrambled(model):
 @pytest.mark.parametrize("connection", CONNECTIONS)
 def test_the_bridge_moves_and_verifies_it(connection):
     options = CONNECTIONS[connection]
-    sizes = SIZES | {"qk_norm": True, "tied": connection == "history", "depth": 1 if connection == "residual" else 2}
+    sizes = SIZES | {"qk_norm": True, "tied": connection == "history", "depth": 2 if connection == "history" else 1}
     model = scrambled(Decoder(DecoderConfig(**sizes), connection, rngs=nnx.Rngs(0), **options))
     twin = bridge.convert(model, TorchDecoder(TorchConfig(**sizes), connection, **options))
     report = bridge.verify(model, twin, TOKENS.astype(np.int32))

@@ -7,7 +7,7 @@ from flax import nnx
 
 from mhc_jax.history import apply_layers, mix
 from mhc_jax.kernels import choice
-from mhc_jax.models import MHCTransformer
+from mhc_jax.models import Decoder, DecoderConfig
 from mhc_jax.nn import HyperConnections, MatrixMHCSkip, MHCSequential, MHCSkip, MHCStack, StreamHead
 
 ARGUMENTS = jnp.ones(128), jnp.ones((2, 128)), jnp.ones(2)
@@ -43,13 +43,13 @@ def test_modules_pass_the_implementation_on():
         assert kernels(lambda s, *a, graph=graph: nnx.merge(graph, s)(*a), "tpu", state, *arguments), type(module)
 
 
-def test_a_transformer_passes_the_implementation_to_its_connections():
-    sizes = {"features": 8, "num_heads": 2, "depth": 2, "max_length": 4, "rngs": nnx.Rngs(0)}
-    model = MHCTransformer(10, connection="streams", implementation="pallas", **sizes)
+def test_a_decoder_passes_the_implementation_to_its_connections():
+    config = DecoderConfig(10, features=8, mlp_features=8, num_heads=2, depth=2)
+    model = Decoder(config, "streams", implementation="pallas", attention="plain", rngs=nnx.Rngs(0))
     graph, state = nnx.split(model)
     assert kernels(lambda s, t: nnx.merge(graph, s)(t), "tpu", state, jnp.zeros((1, 4), jnp.int32))
-    with pytest.raises(ValueError, match="apply_layers has no kernel"):
-        MHCTransformer(10, connection="history", implementation="pallas", **sizes)
+    with pytest.raises(ValueError, match="implementation is of use to connection='streams' alone, got 'pallas'"):
+        Decoder(config, "history", implementation="pallas", rngs=nnx.Rngs(0))
 
 
 def test_a_kernel_that_does_not_exist_is_refused_where_it_is_asked_for():
