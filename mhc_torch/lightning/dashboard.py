@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from mhc_torch.monitoring.diagnostics import (
     reset_history,
     row_figures,
 )
-from mhc_torch.monitoring.pictures import log_picture, logger_kinds
+from mhc_torch.monitoring.pictures import Drawing, log_picture, logger_kinds
 from mhc_torch.options import check_type
 
 try:
@@ -50,7 +51,8 @@ class MHCLightningCallback(Callback):
 
     The step of all of them is the number of optimizer steps taken before. Global rank 0 logs, to every logger of the
     Trainer, or to those of one ``logging_backend``. On every rank the latest numbers are in
-    ``trainer.callback_metrics`` too, with or without a logger, so that ``EarlyStopping`` can monitor them.
+    ``trainer.callback_metrics`` too, with or without a logger, so that ``EarlyStopping`` can monitor them. Heatmaps are
+    drawn and sent by a thread; what goes wrong there is raised at the next of them, or at the end.
 
     After the first batch it warns, once, of a model without mixing layers, and of skips that no history reaches.
 
@@ -92,6 +94,7 @@ class MHCLightningCallback(Callback):
         self.prefix = prefix
         self.logging_backend = logging_backend
         self._looked = False
+        self._drawing = Drawing()
         if self.log_mixing_weights:
             import mhc_torch.monitoring.heatmap  # noqa: F401  a missing matplotlib shows now, not hours into training
 
@@ -134,11 +137,23 @@ class MHCLightningCallback(Callback):
         for logger in loggers:
             logger.log_metrics(metrics, step=step)
         if self.log_mixing_weights and any(len(alpha) for alpha in weights.values()):
-            from mhc_torch.monitoring.heatmap import mixing_picture
+            self._drawing.start(partial(self._draw, weights, loggers, step))
 
-            picture = mixing_picture(weights)
-            for logger in loggers:
-                log_picture(logger, f"{self.prefix}/mixing_weights", picture, step)
+    def on_train_end(self, trainer: EitherTrainer, pl_module: nn.Module) -> None:
+        self._drawing.finish()
+
+    def on_exception(self, trainer: EitherTrainer, pl_module: nn.Module, exception: BaseException) -> None:
+        try:
+            self._drawing.finish()
+        except Exception as error:  # not in place of what ends the training
+            rank_zero_warn(f"the last heatmap was not logged: {error!r}")
+
+    def _draw(self, weights: Mapping[str, Tensor], loggers: Sequence[Any], step: int) -> None:
+        from mhc_torch.monitoring.heatmap import mixing_picture
+
+        picture = mixing_picture(weights)
+        for logger in loggers:
+            log_picture(logger, f"{self.prefix}/mixing_weights", picture, step)
 
     def _loggers(self, trainer: EitherTrainer) -> list[Any]:
         return [logger for logger in trainer.loggers if self.logging_backend in (None, *logger_kinds(logger))]

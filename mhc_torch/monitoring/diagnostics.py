@@ -24,10 +24,10 @@ def extract_mixing_weights(model: nn.Module) -> dict[str, Float[Tensor, "k"]]:
     ``torch.compile`` adds to them; a model that is itself a layer has the name of its class.
 
     Returns:
-        float tensors ``(K,)`` on the CPU by name; empty when there is no connection.
+        float tensors ``(K,)`` on the CPU by name, which later steps leave alone; empty when there is no connection.
     """
     return {
-        _row(model, name, row): weights.detach().float().cpu()
+        _row(model, name, row): weights.detach().to("cpu", torch.float32, copy=True)
         for name, connection in connections(model)
         for row, weights in connection.weight_rows().items()
     }

@@ -7,6 +7,7 @@ and none has to be importable.
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,46 @@ import numpy as np
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+class Drawing:
+    """Draws and sends one picture after the other in a thread of its own, so that a training goes on meanwhile."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def start(self, draw: Callable[[], None]) -> None:
+        """Call `draw` in the thread, once the one before has ended: no more than one picture waits.
+
+        Raises:
+            Exception: that of the one before.
+        """
+        self.finish()
+        # No daemon: a script that ends waits for its last picture.
+        self._thread = threading.Thread(target=self._run, args=(draw,), name="mhc pictures")
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until everything is drawn and sent.
+
+        Raises:
+            Exception: what was raised there.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self, draw: Callable[[], None]) -> None:
+        try:
+            draw()
+        except Exception as error:
+            self._error = error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_thread": None, "_error": None}  # copies draw their own
 
 
 def log_picture(logger: Any, key: str, picture: Image, step: int) -> None:

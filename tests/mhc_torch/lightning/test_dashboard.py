@@ -1,6 +1,9 @@
 """MHCLightningCallback under a real Trainer: when it clears, when and what it logs, what it must not change."""
 
+import copy
 import math
+import threading
+import time
 
 import lightning as L
 import numpy as np
@@ -147,16 +150,64 @@ def test_a_backend_that_the_trainer_does_not_have_is_warned_about(tmp_path):
         trainer(logger=CSVLogger(tmp_path), callbacks=[callback]).fit(Classifier(), loader(1))
 
 
+class Numbers(Logger):
+    name, version = "numbers", 0
+
+    def __init__(self):
+        super().__init__()
+        self.metrics = {}
+
+    def log_metrics(self, metrics, step=None):
+        self.metrics.update(metrics)
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+class Pictures(Numbers):
+    """Takes its time for every picture, and fails at one of the steps."""
+
+    def __init__(self, fails_at=None):
+        super().__init__()
+        self.taken, self.fails_at = [], fails_at
+
+    def log_image(self, key, images, step):
+        time.sleep(0.01)
+        if step == self.fails_at:
+            raise OSError("no space left for pictures")
+        self.taken.append((step, threading.current_thread() is threading.main_thread()))
+
+
+def test_pictures_are_drawn_beside_the_training_all_of_them_and_in_order():
+    logger, callback = Pictures(), MHCLightningCallback(log_interval=1)
+    trainer(logger=logger, callbacks=[callback]).fit(Classifier(), loader(5))
+    assert logger.taken == [(step, False) for step in range(5)]
+    trainer(logger=logger, callbacks=[copy.deepcopy(callback)]).fit(Classifier(), loader(1))
+    assert logger.taken[5:] == [(0, False)]
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_picture_that_cannot_be_logged_ends_the_training_as_a_number_does(step):
+    logger = Pictures(fails_at=step)
+    with pytest.raises(OSError, match="no space left for pictures"):
+        trainer(logger=logger, callbacks=[MHCLightningCallback(log_interval=1)]).fit(Classifier(), loader(5))
+    assert len(logger.taken) == step
+
+
+def test_the_last_picture_of_a_training_that_fails_is_logged():
+    class Fails(Classifier):
+        def training_step(self, batch, index):
+            if index == 2:
+                raise RuntimeError("on purpose")
+            return super().training_step(batch, index)
+
+    logger = Pictures()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer(logger=logger, callbacks=[MHCLightningCallback(log_interval=1)]).fit(Fails(), loader(5))
+    assert [step for step, _ in logger.taken] == [0, 1]
+
+
 def test_a_logger_without_pictures_gets_the_numbers_and_a_warning():
-    class Numbers(Logger):
-        name, version, metrics = "numbers", 0, {}
-
-        def log_metrics(self, metrics, step=None):
-            self.metrics.update(metrics)
-
-        def log_hyperparams(self, *args, **kwargs):
-            pass
-
     logger = Numbers()
     with pytest.warns(UserWarning, match="Numbers takes no pictures"):
         trainer(logger=logger, callbacks=[MHCLightningCallback()]).fit(Classifier(), loader(1))
