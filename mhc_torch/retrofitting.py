@@ -217,6 +217,10 @@ class BranchMaps(ConnectionMaps):
     def forward(self, streams: Float[Tensor, "*tokens n C"]) -> Maps:
         return self.token_maps(streams)
 
+    def mixed_states(self, streams: Tensor) -> list[Tensor]:
+        """The states that a call mixes."""
+        return [streams]
+
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the first module of the branch: H_pre X in place of X, wherever it is given."""
         streams = _first_tensor(args, kwargs)

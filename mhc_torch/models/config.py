@@ -56,6 +56,10 @@ class DecoderConfig:
     Raises:
         ValueError: a size is below 1, or one does not divide another as it must; a number is out of its range.
         TypeError: qk_norm or tied is no bool, rope_scaling no RopeScaling.
+
+    Example:
+        >>> DecoderConfig(256, features=64, mlp_features=192, depth=2, num_heads=4, num_kv_heads=2).head_width
+        16
     """
 
     vocabulary: int

@@ -149,8 +149,8 @@ def window_maps(skips: Sequence[Any]) -> Float[Tensor, "L H H"]:
     maps = torch.eye(window, dtype=torch.float64).roll(-1, 0).repeat(len(skips), 1, 1)
     for step, skip in zip(maps, skips, strict=True):
         alpha = whole(skip.mixing_weights()).double().cpu()
-        if isinstance(skip, MHCSkip) and skip.use_gating:
-            alpha *= whole(skip.gate_logit).double().sigmoid().cpu()
+        if (gate_logit := getattr(skip, "gate_logit", None)) is not None:
+            alpha *= whole(gate_logit).double().sigmoid().cpu()
         step[-1] = 0
         step[-1, window - len(alpha) :] = alpha
     return maps

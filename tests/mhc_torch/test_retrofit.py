@@ -15,6 +15,7 @@ from torch import nn
 from mhc_torch import (
     HyperConnections,
     MHCSequential,
+    check_model_stability,
     connection_parameters,
     extract_mixing_weights,
     parameter_groups,
@@ -339,8 +340,16 @@ def test_groups_part_all_parameters():
 
 
 def test_the_dashboard_knows_the_maps():
-    rows = extract_mixing_weights(retrofit(learned("llama"), streams=2))
-    assert "model.layers.1.hyper_connections.mlp.res.1" in rows
+    model = retrofit(learned("llama"), streams=2)
+    assert "model.layers.1.hyper_connections.mlp.res.1" in extract_mixing_weights(model)
+    model.forward = lambda x, call=model.forward: call(x).logits
+    report = check_model_stability(model, inputs("llama"))
+    assert {check.name: check.holds for check in report.checks} == dict.fromkeys(
+        ("buffer growth", "gradient path", "spectral drift"), True
+    ), report
+    model.model.layers[0].mlp.down_proj.weight.data *= 1e6
+    (failed,) = (check for check in check_model_stability(model, inputs("llama")).checks if not check.holds)
+    assert (failed.name, failed.layer) == ("spectral drift", "model.layers.1.hyper_connections.attention")
 
 
 def test_unretrofit():

@@ -28,6 +28,23 @@ def dashboard_of(folder, model=None, batches=4, callback=None, **settings):
     return readers.tensorboard(folder)
 
 
+def module_of(lightning, lr):
+    """The stack of `Classifier` in a module of either package."""
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Classifier().net
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=lr)
+
+    return Module()
+
+
 def parameters(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -261,17 +278,6 @@ def test_training_goes_on_where_a_checkpoint_stopped(tmp_path):
 
 
 def test_it_works_under_pytorch_lightning_too(tmp_path):
-    class Module(pytorch_lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = Classifier().net
-
-        def training_step(self, batch, batch_idx):
-            return self.net(batch[0]).square().mean()
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
     logger = pytorch_lightning.loggers.TensorBoardLogger(tmp_path, "", "")
     pytorch_lightning.Trainer(
         accelerator="cpu",
@@ -282,7 +288,7 @@ def test_it_works_under_pytorch_lightning_too(tmp_path):
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-    ).fit(Module(), loader(4))
+    ).fit(module_of(pytorch_lightning, lr=0.1), loader(4))
     scalars, pictures = readers.tensorboard(tmp_path)
     assert set(scalars["mhc/net.skip_layers.2/entropy"]) == set(pictures) == {0, 2}
 
@@ -346,17 +352,6 @@ def test_early_stopping_on_an_entropy(lightning):
     stop = lightning.pytorch.callbacks if lightning is L else lightning.callbacks
     stop = stop.EarlyStopping(key, mode="max", patience=0, check_on_train_epoch_end=True)
 
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = Classifier().net
-
-        def training_step(self, batch, batch_idx):
-            return self.net(batch[0]).square().mean()
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.5)
-
     t = lightning.Trainer(
         accelerator="cpu",
         max_epochs=9,
@@ -366,7 +361,7 @@ def test_early_stopping_on_an_entropy(lightning):
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    t.fit(Module(), loader(4))
+    t.fit(module_of(lightning, lr=0.5), loader(4))
     # It starts at its maximum, log 3, so the second epoch cannot be better than the first.
     assert stop.stopped_epoch == 1
     assert 0 < float(t.callback_metrics[key]) < math.log(3)
