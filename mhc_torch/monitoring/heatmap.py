@@ -1,7 +1,7 @@
 """Mixing weights as a heatmap: its cells and colours, and a picture of it that is drawn in milliseconds.
 
-A figure of matplotlib takes a third of a second of Python for fifty layers, and a thread would not help: while it holds
-the interpreter, training waits.
+A figure of matplotlib takes a third of a second of Python for fifty layers. Drawn in a thread, it would hold the
+interpreter for as long, and training would wait for it.
 """
 
 from __future__ import annotations
