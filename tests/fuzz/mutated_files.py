@@ -244,8 +244,8 @@ def _orbax(random: np.random.Generator, folder: Path) -> tuple[Path, dict]:
         file.write_bytes(_damage(random, file.read_bytes()))
     if random.random() < 0.1:
         shutil.rmtree(path / "d", ignore_errors=True)
-    # Without the file of checksums, it is a checkpoint of Orbax alone.
-    return path, arrays if (path / "bridge.json").exists() else {}
+    # Without our own file it is a checkpoint of Orbax alone, which holds no empty arrays.
+    return path, arrays if (path / "bridge.json").exists() else {n: x for n, x in arrays.items() if x.size}
 
 
 MAKERS = (_safetensors, _header, _torch_file, _pickle_inside, _structure, _index)

@@ -260,7 +260,10 @@ def test_multi_gpu_support():
             )
             # fmt: on
     # Two processes on CPUs: test_tracking_ddp.
-    fit(Logging(), strategy="ddp", devices=1)
+    try:
+        fit(Logging(), strategy="ddp", devices=1)
+    finally:
+        torch.distributed.destroy_process_group()  # Lightning keeps it to the end of the process
     assert tracked(experiment)["train/loss"].keys() == {0, 1, 2}
 
 
