@@ -15,8 +15,8 @@ from mhc_jax.monitoring.connection import Shown, show_history
 from mhc_jax.monitoring.figures import history_figures
 from mhc_jax.monitoring.nonfinite import expect_finite
 from mhc_jax.nn.errors import noted
-from mhc_jax.nn.skip import MHCSkip, skip_gradient_norms, stack_weights
-from mhc_jax.options import resolve
+from mhc_jax.nn.skip import FIXED, MHCSkip, skip_gradient_norms, stack_weights
+from mhc_jax.options import check_change, resolve, settable
 
 
 class MHCSequential(nnx.Module):
@@ -38,10 +38,12 @@ class MHCSequential(nnx.Module):
     Attributes:
         wrapped_modules: the branches, an `nnx.List`.
         skip_layers: one `MHCSkip` for each branch, an `nnx.List`.
+        config: the options, read-only. Single ones can be set, as those of an `MHCSkip`: `model.temperature = 0.5`
+            gives all skips the options of the chain.
 
     Raises:
-        ValueError: as `MHCSkip`; `modules` is empty; `features` does not fit, in number or in that a window would
-            hold states of two other widths.
+        ValueError: as `MHCSkip`, on setting an option too; `modules` is empty; `features` does not fit, in number or in
+            that a window would hold states of two other widths.
 
     Example:
         >>> import jax.numpy as jnp
@@ -70,7 +72,7 @@ class MHCSequential(nnx.Module):
                 f"modules must be an iterable of modules, [first, second, ...]; got {type(modules).__name__}"
             )
         config = resolve(DEFAULTS, config, max_history=max_history, **options)
-        self.config = config
+        self._config = config
         self.policy = policy
         self.wrapped_modules = nnx.List(modules)
         depth = len(self.wrapped_modules)
@@ -84,6 +86,28 @@ class MHCSequential(nnx.Module):
             )
             for widths in (_widths(layer, config, features) for layer in range(depth))
         )
+
+    @property
+    def config(self) -> MHCConfig:
+        return self._config
+
+    @config.setter
+    def config(self, config: MHCConfig) -> None:
+        check_change("MHCSequential", self._config, config, FIXED)
+        for skip in self.skip_layers:
+            skip.config = replace(config, auto_project=skip.config.auto_project)
+        self._config = config
+
+    mode = settable("mode")
+    max_history = settable("max_history")
+    constraint = settable("constraint")
+    epsilon = settable("epsilon")
+    temperature = settable("temperature")
+    detach_history = settable("detach_history")
+    auto_project = settable("auto_project")
+    use_gating = settable("use_gating")
+    prune_threshold = settable("prune_threshold")
+    stochastic = settable("stochastic")
 
     def __call__(self, x: Float[Array, "*shape"], *args: Any, **kwargs: Any) -> Float[Array, "*out"]:
         """The last state. Further arguments reach every layer, the same for all: a mask, positions.

@@ -19,6 +19,8 @@ from mhc_jax.monitoring.figures import history_figures
 from mhc_jax.options import check_change, resolve, settable
 
 GATE_INIT = 2.0
+# What parameters are made for.
+FIXED = ("max_history", "auto_project", "use_gating")
 
 
 def initial_logits(config: MHCConfig, *layers: int) -> Float[Array, "*layers H"]:
@@ -124,7 +126,7 @@ class MHCSkip(nnx.Module):
     @config.setter
     def config(self, config: MHCConfig) -> None:
         before = getattr(self, "_config", None)
-        check_change("MHCSkip", before, config, ("max_history", "auto_project", "use_gating"))
+        check_change("MHCSkip", before, config, FIXED)
         if before is not None and config.stochastic and not hasattr(self, "rngs"):
             raise ValueError("stochastic needs rngs, for its noise; make a new MHCSkip with it")
         self._config = config

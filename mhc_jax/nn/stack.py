@@ -20,8 +20,8 @@ from mhc_jax.monitoring.figures import history_figures
 from mhc_jax.nn.errors import noted
 from mhc_jax.nn.merged import CARRIED, Carries, Merged, drawn_streams, keep, stacked
 from mhc_jax.nn.sequential import MHCSequential
-from mhc_jax.nn.skip import GATE_INIT, initial_logits
-from mhc_jax.options import resolve
+from mhc_jax.nn.skip import FIXED, GATE_INIT, initial_logits
+from mhc_jax.options import check_change, resolve, settable
 
 
 def unstacked(layers: nnx.Module) -> list[Any]:
@@ -53,9 +53,11 @@ class MHCStack(nnx.Module):
         mixing_logits: (L, H) parameter, the latest state last.
         gate_logit: (L,) parameter, only with use_gating.
         deterministic: no noise is drawn for `stochastic`; set by `model.eval()` and `model.train()`.
+        config: the options, read-only. Single ones can be set, as those of an `MHCSkip`.
 
     Raises:
         ValueError: depth is below 1, an option is out of range, or `auto_project` is set: equal layers have one width.
+            On setting an option too, and for one that parameters were made for.
         TypeError: `make_layer` is a module, or an option is none of a history.
 
     Example:
@@ -98,6 +100,29 @@ class MHCStack(nnx.Module):
         if self.config.stochastic:
             self.rngs = rngs.mixing.fork()
         self.deterministic = False
+
+    @property
+    def config(self) -> MHCConfig:
+        return self._config
+
+    @config.setter
+    def config(self, config: MHCConfig) -> None:
+        before = getattr(self, "_config", None)
+        check_change("MHCStack", before, config, FIXED)
+        if before is not None and config.stochastic and not hasattr(self, "rngs"):
+            raise ValueError("stochastic needs rngs, for its noise; make a new MHCStack with it")
+        self._config = config
+
+    mode = settable("mode")
+    max_history = settable("max_history")
+    constraint = settable("constraint")
+    epsilon = settable("epsilon")
+    temperature = settable("temperature")
+    detach_history = settable("detach_history")
+    auto_project = settable("auto_project")
+    use_gating = settable("use_gating")
+    prune_threshold = settable("prune_threshold")
+    stochastic = settable("stochastic")
 
     def __call__(self, x: Float[Array, "*shape"], *args: Any, **kwargs: Any) -> Float[Array, "*shape"]:
         """The last state, x_L. Further arguments reach every layer, the same for all: a mask, positions.

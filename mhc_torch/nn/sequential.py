@@ -17,7 +17,8 @@ from mhc_torch.history.window import HistoryBuffer
 from mhc_torch.monitoring.connection import whole
 from mhc_torch.nn.compatible import mhc_compatible, takes_history
 from mhc_torch.nn.matrix_skip import MatrixMHCSkip
-from mhc_torch.nn.skip import MHCSkip
+from mhc_torch.nn.skip import FIXED, MHCSkip
+from mhc_torch.options import check_change, settable
 
 
 class MixesItself(nn.Module):
@@ -48,10 +49,12 @@ class MHCSequential(nn.Module):
             it is called with the output of the branch and the states, and puts out the next state.
         history_buffer: what the last forward left to the next one if clear_history_each_forward is off, else empty: the
             states of a forward belong to it alone, so that threads can share a stack, and a branch can call it.
+        config: the options, read-only. Single ones can be set, as those of an MHCSkip, detach_history and
+            clear_history_each_forward: `stack.temperature = 0.5` gives all skips the options of the stack.
 
     Raises:
         TypeError: one of `modules` is no torch.nn.Module; others as MHCConfig.
-        ValueError: as MHCConfig.
+        ValueError: as MHCConfig; on setting an option too, and for one that parameters were made for.
     """
 
     def __init__(
@@ -100,8 +103,33 @@ class MHCSequential(nn.Module):
             if isinstance(skip, MHCSkip):
                 skip.live = min(depth, config.max_history)
         self.history_buffer = HistoryBuffer(config=config)
-        self.clear_history_each_forward = config.clear_history_each_forward
+        self._config = config
         self.use_checkpointing = use_checkpointing
+
+    @property
+    def config(self) -> MHCConfig:
+        return self._config
+
+    @config.setter
+    def config(self, config: MHCConfig) -> None:
+        check_change("MHCSequential", self._config, config, FIXED)
+        for skip in self.skip_layers:
+            if isinstance(skip, MHCSkip):
+                skip.config = config
+        self.history_buffer.config = config
+        self._config = config
+
+    mode = settable("mode")
+    max_history = settable("max_history")
+    constraint = settable("constraint")
+    epsilon = settable("epsilon")
+    temperature = settable("temperature")
+    detach_history = settable("detach_history")
+    clear_history_each_forward = settable("clear_history_each_forward")
+    auto_project = settable("auto_project")
+    use_gating = settable("use_gating")
+    prune_threshold = settable("prune_threshold")
+    stochastic = settable("stochastic")
 
     def forward(self, x: Inexact[Tensor, "..."]) -> Inexact[Tensor, "..."]:
         """The last state.

@@ -14,6 +14,9 @@ from mhc_torch.history.width_map import WidthMap
 from mhc_torch.nn.compatible import mhc_compatible
 from mhc_torch.options import check_change, settable
 
+# What parameters are made for.
+FIXED = ("max_history", "auto_project", "use_gating")
+
 
 @mhc_compatible
 class MHCSkip(nn.Module):
@@ -81,7 +84,7 @@ class MHCSkip(nn.Module):
     @config.setter
     def config(self, config: MHCConfig) -> None:
         before = getattr(self, "_config", None)
-        check_change("MHCSkip", before, config, ("max_history", "auto_project", "use_gating"))
+        check_change("MHCSkip", before, config, FIXED)
         self._config = config
         if before is not None and (before.mode == "residual") != (config.mode == "residual"):
             for parameter in self.parameters(recurse=False):

@@ -175,6 +175,63 @@ def test_skips_of_a_container_may_differ(changes):
     )
 
 
+CONTAINERS = {
+    "torch": lambda **o: torch_nn.MHCSequential([torch.nn.Tanh() for _ in range(3)], init="uniform", **o),
+    "jax": lambda **o: jax_nn.MHCSequential([Tanh() for _ in range(3)], init="uniform", **o),
+    "jax stack": lambda **o: jax_nn.MHCStack(lambda rngs: Tanh(), 3, init="uniform", rngs=RNGS, **o),
+}
+
+
+@pytest.mark.parametrize("make", CONTAINERS.values(), ids=CONTAINERS)
+@pytest.mark.parametrize("options", [{"temperature": 0.5}, {"mode": "residual"}, {"prune_threshold": 0.4}], ids=str)
+def test_options_of_a_container_reach_its_skips(make, options):
+    changed, made = make(), make(**options)
+    values = np.random.default_rng(0).normal(size=(3, 4))
+    for container in (changed, made):
+        if isinstance(container, jax_nn.MHCStack):
+            container.mixing_logits.set_value(jnp.asarray(values, jnp.float32))
+            continue
+        for skip, row in zip(container.skip_layers, values, strict=True):
+            if isinstance(skip, nnx.Module):
+                skip.mixing_logits.set_value(jnp.asarray(row, jnp.float32))
+            else:
+                skip.mixing_logits.data = torch.tensor(row, dtype=torch.float32)
+    x = torch.ones(2, 3) if isinstance(made, torch.nn.Module) else jnp.ones((2, 3))
+    before = changed(x)
+    for name, value in options.items():
+        setattr(changed, name, value)
+        assert getattr(changed, name) == getattr(changed.config, name) == value
+    assert not np.array_equal(np.asarray(changed(x).tolist()), np.asarray(before.tolist()))
+    assert changed(x).tolist() == made(x).tolist()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("make", CONTAINERS.values(), ids=CONTAINERS)
+@pytest.mark.parametrize(("name", "value"), [("temperature", 0.0), ("max_history", 5), ("use_gating", True)])
+def test_a_bad_change_leaves_a_container_alone(make, name, value):
+    container = make()
+    configs = [container.config, *(skip.config for skip in getattr(container, "skip_layers", ()))]
+    with pytest.raises(ValueError, match=name):
+        setattr(container, name, value)
+    assert configs == [container.config, *(skip.config for skip in getattr(container, "skip_layers", ()))]
+
+
+def test_what_a_container_keeps_can_be_set():
+    container = CONTAINERS["torch"]()
+    x = torch.ones(2, 3)
+    fresh = container(x)
+    container.clear_history_each_forward = False
+    container(x)
+    assert len(container.history_buffer) == 4
+    assert not torch.equal(container(x), fresh)
+    container.detach_history = True
+    container.clear_history()
+    container(x.requires_grad_())
+    assert not any(state.requires_grad for state in container.history_buffer.get())
+    with pytest.raises(ValueError, match="stochastic needs rngs"):
+        CONTAINERS["jax stack"]().stochastic = True
+
+
 class Tanh(nnx.Module):
     def __call__(self, x):
         return jnp.tanh(x)
