@@ -1,17 +1,23 @@
-"""Moves weights between `mhc_jax` and `mhc_torch`, and proves that both compute the same function."""
+"""Moves weights between `mhc_jax` and `mhc_torch`, and proves that both compute the same function.
 
-from bridge.calls.jax_in_torch import JaxFunction, JaxModule
-from bridge.calls.torch_in_jax import torch_function
-from bridge.proof.inputs import Inputs
-from bridge.proof.report import Report
-from bridge.proof.verify import verify
-from bridge.weights import table  # noqa: F401 - declares the rules
-from bridge.weights.convert import convert
-from bridge.weights.files import convert_file, load, save
-from bridge.weights.match import match
-from bridge.weights.optimizers import convert_optimizer
-from bridge.weights.pretrained import load_pretrained, read_config
-from bridge.weights.rules import Child, Leaf, Setting, register
+A name is imported when it is first asked for: who converts a file need not wait for the compilers that a proof takes.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bridge.calls.jax_in_torch import JaxFunction, JaxModule
+    from bridge.calls.torch_in_jax import torch_function
+    from bridge.proof.inputs import Inputs
+    from bridge.proof.report import Report
+    from bridge.proof.verify import verify
+    from bridge.weights.convert import convert
+    from bridge.weights.files import convert_file, load, save
+    from bridge.weights.match import match
+    from bridge.weights.optimizers import convert_optimizer
+    from bridge.weights.pretrained import load_pretrained, read_config
+    from bridge.weights.table import Child, Leaf, Setting, register
 
 __all__ = [
     "Child",
@@ -33,3 +39,36 @@ __all__ = [
     "torch_function",
     "verify",
 ]
+
+_HOMES = {
+    "Child": "weights.table",
+    "Inputs": "proof.inputs",
+    "JaxFunction": "calls.jax_in_torch",
+    "JaxModule": "calls.jax_in_torch",
+    "Leaf": "weights.table",
+    "Report": "proof.report",
+    "Setting": "weights.table",
+    "convert": "weights.convert",
+    "convert_file": "weights.files",
+    "convert_optimizer": "weights.optimizers",
+    "load": "weights.files",
+    "load_pretrained": "weights.pretrained",
+    "match": "weights.match",
+    "read_config": "weights.pretrained",
+    # Through the table, whose rules must stand before others replace them.
+    "register": "weights.table",
+    "save": "weights.files",
+    "torch_function": "calls.torch_in_jax",
+    "verify": "proof.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bridge' has no attribute {name!r}")
+    globals()[name] = found = getattr(import_module(f"bridge.{_HOMES[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

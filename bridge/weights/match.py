@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from torch import Tensor, nn
 
-from bridge.weights import rules
+from bridge.weights import rules, table  # noqa: F401 - declares the rules
 from bridge.weights.arrays import dtype_name
 from bridge.weights.leaves import jax_items, jax_leaves, join, submodule, torch_leaves, value
 
