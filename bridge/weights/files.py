@@ -19,6 +19,7 @@ from bridge.weights.convert import warn
 from bridge.weights.formats import Piece, Reader, Spec, open_file, write
 from bridge.weights.leaves import aliases, jax_leaves, jax_transients, torch_leaves, value
 from bridge.weights.match import Link, Match, match
+from bridge.weights.names import bare, understood
 from mhc_torch.injection import published_keys
 from mhc_torch.nn import MHCConv2d
 
@@ -58,9 +59,11 @@ def load(path: str | os.PathLike[str], model: Any = None) -> Any:
     """Reads weights bit for bit, into a model of the framework that they were saved from or as numpy arrays.
 
     Args:
-        path: as in `save`; also the index of a sharded checkpoint (`x.safetensors.index.json`), a Lightning checkpoint,
-            and a state dict of the published `mhc` package.
-        model: an nnx.Module or torch.nn.Module to fill in place. Nothing is written unless all fits.
+        path: as in `save`; also the index of a sharded checkpoint (`x.safetensors.index.json`), a folder of a
+            transformers model or of Orbax's CheckpointManager (its last step), and what a training program saved, of
+            which the entry "state_dict", "model_state_dict", "model" or "params" is the model's.
+        model: an nnx.Module or torch.nn.Module to fill in place. Nothing is written unless all fits. Names may have
+            what `torch.compile`, data parallel modules, older versions of Flax and the published `mhc` package add.
 
     Returns:
         `model`; without one, name -> array (bfloat16 and float8 as dtypes of ml_dtypes).
@@ -189,12 +192,12 @@ class _Renamed(Reader):
     """Arrays of another reader by other names.
 
     Args:
-        names: the names in the file -> those here.
+        names: the names in the file -> those here, "" for what is left out.
     """
 
     def __init__(self, reader: Reader, names: Mapping[str, str]) -> None:
         self._reader = reader
-        self._stored = {names.get(name, name): name for name in reader.specs}
+        self._stored = {names.get(name, name): name for name in reader.specs if names.get(name, name)}
         self.specs = {name: reader.specs[stored] for name, stored in self._stored.items()}
 
     def read(self, name: str) -> np.ndarray:
@@ -202,15 +205,18 @@ class _Renamed(Reader):
 
 
 def _understood(reader: Reader, model: nnx.Module | nn.Module, path: Any) -> Reader:
-    """With the names of `model` for those that the published `mhc` package gives to injected modules.
+    """With the names of `model` for those that wrappers, training programs and the published `mhc` package give.
 
     Raises:
         ValueError: a module of the model refuses the state of the version that was saved.
     """
+    versions = {bare(name): version for name, version in reader.versions.items()}
+    if names := understood(reader.specs, [*_leaves(model), *_ignored(model)]):
+        reader = _Renamed(reader, names)
     if not isinstance(model, nn.Module):
         return reader
     for name, module in model.named_modules():
-        if isinstance(module, MHCConv2d) and (refusal := module.refusal(reader.versions.get(name))):
+        if isinstance(module, MHCConv2d) and (refusal := module.refusal(versions.get(bare(name)))):
             raise ValueError(f"{path} does not fit the model: {name or 'it'} is {refusal}")
     names = published_keys(model, reader.specs)
     return _Renamed(reader, names) if names else reader

@@ -22,6 +22,7 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+import transformers
 from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -134,6 +135,84 @@ def test_files_that_the_libraries_write_are_read(tmp_path):
     loaded = bridge.load(tmp_path / "orbax")  # x64 is off: no bit of a float64 may be lost
     assert same_bits(loaded["a.b"], np.ones(3) / 3)
     assert set(loaded) == {"a.b", "list.0", "list.1"}
+
+
+# ---- what others save ------------------------------------------------------------------------------------------------
+
+
+def trained():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+
+
+def steps_of(model):
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        lambda model: {"model": model.state_dict(), "optimizer": steps_of(model)},
+        lambda model: {"epoch": 3, "model_state_dict": model.state_dict()},
+        lambda model: {"params": dict(model.state_dict())},
+        lambda model: torch.nn.DataParallel(model).state_dict(),
+        lambda model: torch.compile(model).state_dict(),
+        lambda model: {"steps": 3, "model": torch.nn.DataParallel(torch.compile(model)).state_dict()},
+        lambda model: {f"{i}._orig_mod.{k}": x for i in "01" for k, x in model[int(i)].state_dict().items()},
+    ],
+)
+def test_names_that_programs_put_around_a_model(tmp_path, saved):
+    model = trained()
+    torch.save(saved(model), tmp_path / "x.pt")
+    fresh = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    loaded = bridge.load(tmp_path / "x.pt", fresh).state_dict()
+    assert all(torch.equal(loaded[name], x) for name, x in model.state_dict().items())
+
+
+def test_no_name_is_lost_on_the_way(tmp_path):
+    state = dict(trained().state_dict())
+    torch.save(state | {"module.0.bias": torch.zeros(2)}, tmp_path / "twice.pt")
+    with pytest.raises(ValueError, match=r"module\.0\.bias.* is in the file only"):
+        bridge.load(tmp_path / "twice.pt", trained())
+    torch.save({f"model.{name}": x for name, x in state.items() if name != "0.bias"}, tmp_path / "less.pt")
+    with pytest.raises(ValueError, match=r"0\.bias.* is not in the file"):
+        bridge.load(tmp_path / "less.pt", trained())
+    torch.save({"model.0.bias": state["0.bias"], "model.module.0.bias": state["0.bias"] + 1}, tmp_path / "both.pt")
+    with pytest.raises(ValueError, match=r"module\.0\.bias.* is in the file only"):
+        bridge.load(tmp_path / "both.pt", trained())
+
+
+def test_folders_of_a_checkpoint_manager(tmp_path):
+    linear = lambda seed: nnx.Linear(3, 2, rngs=nnx.Rngs(seed))  # noqa: E731
+    model = linear(0)
+    with ocp.CheckpointManager(tmp_path / "default") as manager:
+        for step in (9, 10):
+            model.bias.set_value(jnp.full(2, float(step)))
+            manager.save(step, args=ocp.args.StandardSave(nnx.to_pure_dict(nnx.state(model))))
+    assert bridge.load(tmp_path / "default", linear(1)).bias[...].tolist() == [10, 10]
+    with ocp.CheckpointManager(tmp_path / "named") as manager:
+        tree = {"params": {"kernel": {"value": model.kernel[...]}, "bias": {"value": model.bias[...]}}}
+        items = {"state": ocp.args.StandardSave(tree | {"step": jnp.arange(3)}), "data": ocp.args.StandardSave(tree)}
+        manager.save(1, args=ocp.args.Composite(state=items["state"]))
+        manager.save(2, args=ocp.args.Composite(**items))
+    loaded = bridge.load(tmp_path / "named" / "1", linear(1))  # of older Flax, and beside a count of steps
+    assert equal(loaded, model)
+    with pytest.raises(ValueError, match=r"path: .*2 holds several checkpoints \(data, state\)"):
+        bridge.load(tmp_path / "named", linear(1))
+
+
+@pytest.mark.parametrize("shards", ["1GB", "1KB"])
+def test_folders_of_transformers(tmp_path, shards):
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path, max_shard_size=shards)
+    loaded = bridge.load(tmp_path)
+    assert all(np.array_equal(loaded[name], x) for name, x in model.state_dict().items())
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -729,8 +808,9 @@ with torch.device("meta"):
 torch.zeros(4).add_(1)
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+convert = bridge.convert_file  # and all that it imports
 before = peak()
-bridge.convert_file(index, target, ours, theirs, "jax")
+convert(index, target, ours, theirs, "jax")
 print((peak() - before) * 1024)
 """
 

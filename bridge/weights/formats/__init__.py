@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from bridge.weights.formats.base import Piece, Reader, Spec
+from bridge.weights.formats.folders import checkpoint_in
 from bridge.weights.formats.orbax_directory import OrbaxReader, write_orbax
 from bridge.weights.formats.replacing import target_of
 from bridge.weights.formats.safetensors import SafetensorsReader, write_safetensors
@@ -24,6 +25,8 @@ _FORMATS = "the formats are .safetensors, .pt (.pth, .bin, .ckpt) and Orbax dire
 def open_file(path: str | os.PathLike[str]) -> Reader:
     """Opens `x.safetensors`, `x.safetensors.index.json` (shards), `x.pt` (.pth, .bin, .ckpt) or an Orbax directory.
 
+    Of a folder of Orbax's CheckpointManager it opens the last step, of one of a transformers model the weights.
+
     Raises:
         FileNotFoundError: there is nothing at `path`, or no file where the index says that a shard is.
         ValueError: the format is unknown, or the file is not what its name says, is cut short or damaged.
@@ -31,6 +34,8 @@ def open_file(path: str | os.PathLike[str]) -> Reader:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"path: no file or directory {path}")
+    if path.is_dir():
+        path = checkpoint_in(path)
     if path.is_dir():
         return OrbaxReader(path)
     if path.name.endswith(".index.json"):

@@ -13,13 +13,14 @@ import torch
 from bridge.weights.arrays import dtype_name, is_shared, to_numpy, to_torch
 from bridge.weights.formats.base import Piece, Reader, Spec, flatten, gather
 from bridge.weights.formats.replacing import replacing
+from bridge.weights.names import ENTRIES
 
 _ZIP = b"PK\x03\x04"  # what torch.load knows a zip archive by
 _MAX_RATIO = 1032  # the most that deflate can make of a byte
 
 
 class TorchReader(Reader):
-    """A saved state dict, or the entry "state_dict" of a Lightning checkpoint. Nothing but tensors is loaded.
+    """A saved state dict, or the entry of a training program's checkpoint that is one. Nothing but tensors is loaded.
 
     The values stay in the file until they are read, unless it is compressed or older than torch 1.6.
     """
@@ -43,8 +44,7 @@ class TorchReader(Reader):
             size = os.fstat(file.fileno()).st_size
         if not isinstance(content, Mapping):
             raise ValueError(f"path: {path} holds a {type(content).__name__}, not a state dict")
-        if isinstance(content.get("state_dict"), Mapping):
-            content = content["state_dict"]
+        content = _weights(content)
         saved = getattr(content, "_metadata", None)  # torch's own, beside every state dict
         if isinstance(saved, Mapping):
             self.versions = {path: about["version"] for path, about in saved.items() if "version" in about}
@@ -78,6 +78,16 @@ class TorchReader(Reader):
         if self._mapped:
             array.flags.writeable = False
         return array
+
+
+def _weights(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The entry that is the model's, where others are no weights: an optimizer, a count of steps."""
+    try:
+        if all(map(_is_plain, flatten(content).values())):
+            return content
+    except ValueError:  # which is said of the entry, if there is one
+        pass
+    return next((content[entry] for entry in ENTRIES if isinstance(content.get(entry), Mapping)), content)
 
 
 def _is_plain(x: Any) -> bool:
