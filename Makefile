@@ -51,8 +51,9 @@ test: .venv/native
 CORE := tests/mhc_jax tests/mhc_torch tests/bridge tests/parity
 TRACKERS := tests/mhc_torch/tracking tests/mhc_torch/lightning/test_dashboard_backends.py
 
+# Other versions warn of other things: here a warning is none of ours.
 test-lowest: .venv-lowest/ready
-	.venv-lowest/bin/python -m pytest --numprocesses=2 --dist=worksteal $(CORE) $(TRACKERS:%=--ignore=%) -k "not Wandb"
+	.venv-lowest/bin/python -m pytest -W default --numprocesses=2 --dist=worksteal $(CORE) $(TRACKERS:%=--ignore=%) -k "not Wandb"
 
 docs: .venv/ready
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
