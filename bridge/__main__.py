@@ -75,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--to", choices=["jax", "torch"], help="framework of the target")
     command.add_argument("--jax", metavar="MODEL", help=f"the JAX model: {_MODEL}")
     command.add_argument("--torch", metavar="MODEL", help="the PyTorch model, likewise")
+    command.add_argument("--cast", action="store_true", help="round values to the target model's floating-point dtypes")
+    command.add_argument("--untie", action="store_true", help="what is tied in the source may be several in the target")
     command.set_defaults(command=_convert)
 
     command = commands.add_parser("verify", help="compare two models layer by layer, with gradients and training steps")
@@ -124,9 +126,22 @@ def _convert(options: argparse.Namespace) -> int:
     models = options.jax, options.torch
     if options.to and all(models):
         jax_model, torch_model = _model(options.jax, nnx.Module), _model(options.torch, nn.Module)
-        bridge.convert_file(options.source, options.target, jax_model, torch_model, options.to, Progress("converting"))
+        bridge.convert_file(
+            options.source,
+            options.target,
+            jax_model,
+            torch_model,
+            options.to,
+            Progress("converting"),
+            dtype="cast" if options.cast else "equal",
+            untie=options.untie,
+        )
     elif options.to or any(models):
         raise ValueError("--to, --jax and --torch go together: the models say how names and layouts correspond")
+    elif options.cast or options.untie:
+        raise ValueError(
+            "--cast and --untie need --to, --jax and --torch: the models say what is cast or tied"
+        )
     else:
         with open_file(options.source) as reader:
             total = sum(spec.nbytes for spec in reader.specs.values())

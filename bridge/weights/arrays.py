@@ -45,6 +45,11 @@ def dtype_name(dtype: Any) -> str:
     return name
 
 
+def is_floating(name: str) -> bool:
+    """Whether it is the name of a real floating-point dtype."""
+    return name.startswith(("float", "bfloat"))
+
+
 def is_shared(dtype: torch.dtype) -> bool:
     """Whether `dtype_name` knows it."""
     return dtype in _NAMES
@@ -88,17 +93,19 @@ def borrow(array: np.ndarray) -> torch.Tensor:
 
 
 def assign(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source` for equal dtypes, by `copy_into`."""
+    """`target[...] = source`, by `copy_into`."""
     copy_into(borrow(target), source)
 
 
 def copy_into(target: torch.Tensor, source: np.ndarray) -> None:
-    """Copies bits into a tensor of the same shape and dtype, on any device.
+    """Copies values into a tensor of the same shape, on any device: bits, or rounded to another floating-point dtype.
 
     torch transposes matrices by blocks, and everything else element by element, which misses the cache: so a kernel
     whose first and last axes change places goes through a matrix, and is rearranged within its rows only.
     """
-    if tuple(target.shape) != source.shape or dtype_name(target.dtype) != dtype_name(source.dtype):
+    floats = target.is_floating_point() and is_floating(dtype_name(source.dtype))
+    same = dtype_name(target.dtype) == dtype_name(source.dtype)
+    if tuple(target.shape) != source.shape or not (same or floats):
         raise ValueError(f"cannot copy {source.dtype}{source.shape} into {target.dtype}{tuple(target.shape)}")
     new, old = target.squeeze(), borrow(source).squeeze()
     if old.numel() == 0:

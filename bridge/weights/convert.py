@@ -10,12 +10,14 @@ from flax import nnx
 
 from bridge.weights.arrays import assign, copy_into, to_jax, to_numpy
 from bridge.weights.leaves import value
-from bridge.weights.match import Link, Match, match
+from bridge.weights.match import Dtypes, Link, Match, match
 
 Model = TypeVar("Model", bound=nnx.Module | torch.nn.Module)
 
 
-def convert(source: nnx.Module | torch.nn.Module, target: Model) -> Model:
+def convert(
+    source: nnx.Module | torch.nn.Module, target: Model, *, dtype: Dtypes = "equal", untie: bool = False
+) -> Model:
     """Copies every weight and every running statistic of `source` into `target`, in place.
 
     Nothing is written unless every leaf of both models is accounted for (see `bridge.match`).
@@ -23,12 +25,14 @@ def convert(source: nnx.Module | torch.nn.Module, target: Model) -> Model:
     Args:
         source: an nnx.Module or a torch.nn.Module.
         target: a model of the other framework with the same structure, shapes and dtypes, on any device or sharding.
+        dtype: "equal", or "cast" to round floating-point values to the dtypes of `target` where it has others.
+        untie: leaves that are tied in `source` may be several in `target`.
 
     Returns:
         `target`.
 
     Raises:
-        TypeError: the two are not one model of each framework.
+        TypeError: the two are not one model of each framework, or `untie` is no bool.
         ValueError: the models do not correspond; the message lists all that is missing, left over or different.
 
     Warns:
@@ -42,12 +46,14 @@ def convert(source: nnx.Module | torch.nn.Module, target: Model) -> Model:
         >>> bool((target.kernel[...] == source.weight.detach().numpy().T).all())
         True
     """
+    if not isinstance(untie, bool):
+        raise TypeError(f"untie must be of type bool, got {untie!r}")
     if isinstance(source, nnx.Module) and isinstance(target, torch.nn.Module):
-        found = match(source, target)
+        found = match(source, target, dtype=dtype, untie="jax" if untie else None)
         warn(found)
         _into_torch(found)
     elif isinstance(source, torch.nn.Module) and isinstance(target, nnx.Module):
-        found = match(target, source)
+        found = match(target, source, dtype=dtype, untie="torch" if untie else None)
         warn(found)
         _into_jax(found)
     else:

@@ -14,11 +14,11 @@ from flax import nnx
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from bridge.weights.arrays import borrow, dtype_name, to_jax, to_numpy
+from bridge.weights.arrays import borrow, dtype_name, numpy_dtype, to_jax, to_numpy
 from bridge.weights.convert import warn
 from bridge.weights.formats import Piece, Reader, Spec, open_file, write
 from bridge.weights.leaves import aliases, jax_leaves, jax_transients, torch_leaves, value
-from bridge.weights.match import Link, Match, match
+from bridge.weights.match import Dtypes, Link, Match, check_dtypes, fits, match
 from bridge.weights.names import bare, understood
 from mhc_torch.injection import published_keys
 from mhc_torch.nn import MHCConv2d
@@ -54,8 +54,8 @@ def save(path: str | os.PathLike[str], source: nnx.Module | nn.Module | Mapping[
 @overload
 def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]: ...
 @overload
-def load(path: str | os.PathLike[str], model: Model) -> Model: ...
-def load(path: str | os.PathLike[str], model: Any = None) -> Any:
+def load(path: str | os.PathLike[str], model: Model, *, dtype: Dtypes = "equal") -> Model: ...
+def load(path: str | os.PathLike[str], model: Any = None, *, dtype: Dtypes = "equal") -> Any:
     """Reads weights bit for bit, into a model of the framework that they were saved from or as numpy arrays.
 
     Args:
@@ -64,6 +64,7 @@ def load(path: str | os.PathLike[str], model: Any = None) -> Any:
             which the entry "state_dict", "model_state_dict", "model" or "params" is the model's.
         model: an nnx.Module or torch.nn.Module to fill in place. Nothing is written unless all fits. Names may have
             what `torch.compile`, data parallel modules, older versions of Flax and the published `mhc` package add.
+        dtype: "equal", or "cast" to round floating-point values to the dtypes of `model` where the file has others.
 
     Returns:
         `model`; without one, name -> array (bfloat16 and float8 as dtypes of ml_dtypes).
@@ -71,7 +72,7 @@ def load(path: str | os.PathLike[str], model: Any = None) -> Any:
     Raises:
         FileNotFoundError: nothing is at `path`, or a shard is missing.
         ValueError: the file is damaged, cut short, of another format, or holds objects other than arrays; or names,
-            shapes or dtypes differ from the model's, all of which are listed.
+            shapes or dtypes differ from the model's, all of which are listed. `dtype` is "cast" without a model.
 
     Example:
         >>> import tempfile, torch
@@ -80,6 +81,9 @@ def load(path: str | os.PathLike[str], model: Any = None) -> Any:
         ...     load(f"{folder}/net.pt", torch.nn.Linear(4, 2))
         Linear(in_features=4, out_features=2, bias=True)
     """
+    check_dtypes(dtype)
+    if model is None and dtype != "equal":
+        raise ValueError(f"dtype={dtype!r} needs a model, to whose dtypes to cast")
     with open_file(path) as reader:
         if model is None:
             return {name: _own(reader.read(name)) for name in reader.specs}
@@ -87,7 +91,7 @@ def load(path: str | os.PathLike[str], model: Any = None) -> Any:
         leaves = _leaves(model)
         if isinstance(model, nn.Module):  # parameters that take their shape from the file, if it has them
             leaves |= {name: p for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)}
-        names = _sources(reader, leaves, _ignored(model), path)
+        names = _sources(reader, leaves, _ignored(model), path, dtype)
         arrays = {name: reader.read(source) for name, source in names.items()}
         if isinstance(model, nn.Module):
             model.load_state_dict({name: borrow(array) for name, array in arrays.items()})
@@ -95,6 +99,7 @@ def load(path: str | os.PathLike[str], model: Any = None) -> Any:
         if bare := [name for name, leaf in leaves.items() if not isinstance(leaf, nnx.Variable)]:
             raise ValueError(f"model: {bare} are bare arrays, which cannot be replaced: wrap them in an nnx.Variable")
         for name, array in arrays.items():
+            array = array.astype(value(leaves[name]).dtype, copy=False)
             leaves[name].set_value(to_jax(_own(array), getattr(value(leaves[name]), "sharding", None)))
         return model
 
@@ -106,6 +111,9 @@ def convert_file(
     torch_model: nn.Module,
     to: Literal["jax", "torch"],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    dtype: Dtypes = "equal",
+    untie: bool = False,
 ) -> None:
     """Turns a file of one framework's weights into one of the other's, array by array.
 
@@ -119,6 +127,7 @@ def convert_file(
         jax_model, torch_model: the two forms of the model.
         to: the framework of `target`.
         progress: is called with the number of bytes converted and the total.
+        dtype, untie: as of `convert`.
 
     Raises:
         ValueError: the models do not correspond, or `source` does not fit; everything is listed, nothing is written.
@@ -137,7 +146,7 @@ def convert_file(
     """
     if to not in ("jax", "torch"):
         raise ValueError(f"to must be 'jax' or 'torch', got {to!r}")
-    found = match(jax_model, torch_model)
+    found = match(jax_model, torch_model, dtype=dtype, untie=("torch" if to == "jax" else "jax") if untie else None)
     warn(found)
     ours, theirs = (found.torch, found.jax) if to == "jax" else (found.jax, found.torch)
     specs = {name: _spec(leaf) for name, leaf in theirs.items()}
@@ -151,7 +160,7 @@ def convert_file(
 
     with open_file(source) as reader:
         reader = _understood(reader, torch_model if to == "jax" else jax_model, source)
-        names = _sources(reader, ours, _ignored(torch_model if to == "jax" else jax_model), source)
+        names = _sources(reader, ours, _ignored(torch_model if to == "jax" else jax_model), source, dtype)
         write(target, specs, map(count, _pieces(reader, names, found, specs, to)))
 
 
@@ -184,6 +193,7 @@ def _parts(
         slot = link.torch if to == "torch" else link.jax
         shape = specs[slot.path].shape
         values = link.to_torch(array) if to == "torch" else link.to_jax(array, shape)
+        values = values.astype(numpy_dtype(specs[slot.path].dtype), copy=False)
         for name in names[slot.path]:
             yield Piece(name, slot.start(shape), values)
 
@@ -227,7 +237,7 @@ def _ignored(model: nnx.Module | nn.Module) -> set[str]:
     return jax_transients(model) if isinstance(model, nnx.Module) else set()
 
 
-def _sources(reader: Reader, leaves: Mapping[str, Any], ignored: set[str], path: Any) -> dict[str, str]:
+def _sources(reader: Reader, leaves: Mapping[str, Any], ignored: set[str], path: Any, dtype: Dtypes) -> dict[str, str]:
     """name of each leaf -> the name under which the file has it, which for a tied leaf may be that of its twin.
 
     Raises:
@@ -242,7 +252,8 @@ def _sources(reader: Reader, leaves: Mapping[str, Any], ignored: set[str], path:
             continue
         names[name] = name if name in present else present[0]
         stored = reader.specs[names[name]]
-        if not shapeless and stored != _spec(leaves[name]):
+        wanted = stored if shapeless else _spec(leaves[name])
+        if stored.shape != wanted.shape or not fits(stored.dtype, wanted.dtype, dtype):
             problems.append(f"{name} is {stored} in the file, {_spec(leaves[name])} in the model")
         elif name == present[0] and any(_differ(reader, name, twin) for twin in present[1:]):
             problems.append(f"{', '.join(present)} are one array in the model, and differ in the file")

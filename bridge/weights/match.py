@@ -3,14 +3,14 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
 from torch import Tensor, nn
 
 from bridge.weights import rules, table  # noqa: F401 - declares the rules
-from bridge.weights.arrays import dtype_name
+from bridge.weights.arrays import dtype_name, is_floating
 from bridge.weights.leaves import jax_items, jax_leaves, join, submodule, torch_leaves, value
 
 
@@ -86,17 +86,29 @@ class Match:
     settings: list[str] = field(default_factory=list)
 
 
-def match(jax_model: nnx.Module, torch_model: nn.Module) -> Match:
+Dtypes = Literal["equal", "cast"]
+
+
+def match(
+    jax_model: nnx.Module,
+    torch_model: nn.Module,
+    *,
+    dtype: Dtypes = "equal",
+    untie: Literal["jax", "torch"] | None = None,
+) -> Match:
     """Pairs every leaf of the two models.
 
     Submodules pair by attribute name, lists (nnx.List, nnx.Sequential; ModuleList, Sequential) by order, passing over
     entries without parameters; the leaves of a pair of modules follow its rule (see `bridge.register`).
 
-    Returns:
-        The match. Models may be abstract (`nnx.eval_shape`, `torch.device("meta")`).
+    Args:
+        jax_model, torch_model: the two; they may be abstract (`nnx.eval_shape`, `torch.device("meta")`).
+        dtype: "equal", or "cast" if floating-point leaves may have other dtypes on the two sides.
+        untie: the side on which leaves may be tied, though those that they go to on the other side are not.
 
     Raises:
         ValueError: leaves without a counterpart, of another shape or dtype, or tied on one side only; all are listed.
+            `dtype` or `untie` is something else.
 
     Example:
         >>> import torch
@@ -104,13 +116,27 @@ def match(jax_model: nnx.Module, torch_model: nn.Module) -> Match:
         >>> [f"{link.jax} is {link.torch}" for link in found.links]
         ['kernel is weight', 'bias is bias']
     """
-    matcher = _Matcher(jax_leaves(jax_model), torch_leaves(torch_model))
+    check_dtypes(dtype)
+    if untie not in ("jax", "torch", None):
+        raise ValueError(f"untie must be 'jax', 'torch' or None, got {untie!r}")
+    matcher = _Matcher(jax_leaves(jax_model), torch_leaves(torch_model), dtype)
     matcher.modules("", jax_model, "", torch_model, ())
-    problems = [*matcher.problems, *matcher.untied(), *matcher.uncovered()]
+    problems = [*matcher.problems, *matcher.untied(untie), *matcher.uncovered()]
     if problems:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         raise ValueError(f"the models do not correspond, {count}:\n" + "\n".join(f"  {p}" for p in problems))
     return matcher.match
+
+
+def check_dtypes(dtype: Dtypes) -> None:
+    """ValueError if it is none of `Dtypes`."""
+    if dtype not in ("equal", "cast"):
+        raise ValueError(f"dtype must be 'equal' or 'cast', got {dtype!r}")
+
+
+def fits(one: str, other: str, dtype: Dtypes) -> bool:
+    """Whether values of the dtype `one` may go where there are those of `other`."""
+    return one == other or (dtype == "cast" and is_floating(one) and is_floating(other))
 
 
 _EQUAL = rules.Leaf("", "")
@@ -119,8 +145,9 @@ _TORCH_LISTS = (nn.ModuleList, nn.Sequential, nn.ParameterList)
 
 
 class _Matcher:
-    def __init__(self, jax: dict[str, Any], torch: dict[str, Tensor]) -> None:
+    def __init__(self, jax: dict[str, Any], torch: dict[str, Tensor], dtype: Dtypes) -> None:
         self.match = Match(jax=jax, torch=torch)
+        self.dtype = dtype
         self.arrays: dict[str, Mapping[str, Any]] = {"jax": {p: value(leaf) for p, leaf in jax.items()}, "torch": torch}
         self.problems: list[str] = []
         self.expected: dict[str, str] = {}  # where a leaf without a counterpart would have had it
@@ -212,12 +239,14 @@ class _Matcher:
         if not link.layout.fits(len(jax_shape)) or link.layout.torch_shape(jax_shape) != torch_shape:
             kind = f"shape {jax_shape} in layout {rule.layout!r}"
             self.problems.append(f"jax {link.jax} has {kind}, torch {link.torch} has shape {torch_shape}")
-        elif names[0] != names[1]:
+        elif not fits(*names, self.dtype):
             self.problems.append(f"jax {link.jax} has dtype {names[0]}, torch {link.torch} has dtype {names[1]}")
 
-    def untied(self) -> Iterator[str]:
-        """Leaves that are one on one side and several on the other."""
+    def untied(self, allowed: str | None) -> Iterator[str]:
+        """Leaves that are one on one side, which is not the `allowed` one, and several on the other."""
         for here, there in (("jax", "torch"), ("torch", "jax")):
+            if here == allowed:
+                continue
             partners: dict[tuple, Link] = {}
             for link in self.match.links:
                 one, other = getattr(link, here), getattr(link, there)
