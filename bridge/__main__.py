@@ -139,9 +139,7 @@ def _convert(options: argparse.Namespace) -> int:
     elif options.to or any(models):
         raise ValueError("--to, --jax and --torch go together: the models say how names and layouts correspond")
     elif options.cast or options.untie:
-        raise ValueError(
-            "--cast and --untie need --to, --jax and --torch: the models say what is cast or tied"
-        )
+        raise ValueError("--cast and --untie need --to, --jax and --torch: the models say what is cast or tied")
     else:
         with open_file(options.source) as reader:
             total = sum(spec.nbytes for spec in reader.specs.values())

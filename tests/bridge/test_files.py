@@ -156,6 +156,7 @@ def steps_of(model):
     "saved",
     [
         lambda model: {"model": model.state_dict(), "optimizer": steps_of(model)},
+        lambda model: {"state_dict": model.state_dict()},
         lambda model: {"epoch": 3, "model_state_dict": model.state_dict()},
         lambda model: {"params": dict(model.state_dict())},
         lambda model: torch.nn.DataParallel(model).state_dict(),

@@ -100,5 +100,5 @@ def test_each_front_end_works_without_the_other_framework(
 
 
 def test_bridge_says_what_is_missing(python: Path, tmp_path: Path) -> None:
-    done = run(python, "import bridge", "torch", tmp_path)
+    done = run(python, "import bridge; bridge.convert", "torch", tmp_path)
     assert "No module named 'torch" in done.stderr

@@ -82,12 +82,15 @@ class TorchReader(Reader):
 
 def _weights(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
     """The entry that is the model's, where others are no weights: an optimizer, a count of steps."""
+    lightning, *others = ENTRIES
+    if isinstance(content.get(lightning), Mapping):
+        return content[lightning]
     try:
         if all(map(_is_plain, flatten(content).values())):
             return content
     except ValueError:  # which is said of the entry, if there is one
         pass
-    return next((content[entry] for entry in ENTRIES if isinstance(content.get(entry), Mapping)), content)
+    return next((content[entry] for entry in others if isinstance(content.get(entry), Mapping)), content)
 
 
 def _is_plain(x: Any) -> bool:
