@@ -38,6 +38,14 @@ def check_implementation(implementation: Implementation) -> None:
         raise ValueError(f"implementation must be 'xla', 'pallas' or None, got {implementation!r}")
 
 
+def refuse_kernels(implementation: Implementation, option: str, value: object, able: str) -> None:
+    """Raises a ValueError if kernels are asked for, which cannot do what an option says, and names what they can."""
+    if implementation == "pallas":
+        raise ValueError(
+            f"implementation='pallas' has no kernels for {option}={value!r}, only for {able}: use implementation='xla'"
+        )
+
+
 def chosen(
     operation: str, implementation: Implementation, kernel: Callable[..., Any], xla: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -68,7 +76,7 @@ def implemented(
             return _kernel(kernel, xla, tuple(sorted(options.items())), arrays)
 
         # No numbers are no block to work on.
-        some = all(array.size for array in arrays)
+        some = all(array.size for array in jax.tree.leaves(arrays))
         return chosen(operation, implementation if some else "xla", by_kernel, plain)(*arrays)
 
     return call

@@ -13,15 +13,19 @@ from mhc_jax.kernels import stream_write as write_kernels
 from mhc_jax.kernels.choice import Implementation, check_implementation, implemented
 from mhc_jax.streams import forms
 from mhc_jax.streams.config import StreamConfig
+from mhc_jax.streams.constraints import CONSTRAINTS
 from mhc_jax.streams.maps import (
     HeadParams,
     Maps,
     StreamParams,
+    check_norm,
     check_params,
     check_streams,
     maps,
     maps_from_normalized,
+    normalized_logits,
     raw_logits,
+    read_weights,
 )
 
 
@@ -31,10 +35,11 @@ def read(
     config: StreamConfig,
     *,
     implementation: Implementation = None,
-) -> tuple[Float[Array, "*tokens C"], Float[Array, "*tokens n"], Float[Array, "*tokens n n"]]:
-    """The branch's input H_pre X, and the maps H_post and H_res for `write`.
+) -> tuple[Float[Array, "*tokens C"], Float[Array, "*tokens n"], Float[Array, "*tokens n n"] | None]:
+    """The branch's input H_pre X, and the maps H_post and H_res for `write`; None is an H_res that mixes nothing.
 
     Kept for backward: the streams themselves and `config.logits` + 1 numbers a token; the maps are computed again.
+    With a norm other than "rms" those numbers, too.
 
     Args:
         implementation: "pallas" for the kernels of `mhc_jax.kernels.stream_read` and `mhc_jax.kernels.sinkhorn`, "xla"
@@ -42,15 +47,25 @@ def read(
             XLA's.
 
     Raises:
-        ValueError: if `streams` has not n streams, or its width is not that of `params`.
+        ValueError: if `streams` has not n streams, or its width is not that of `params`; "pallas" for a norm that the
+            kernels have not.
         TypeError: if `streams` is not of a floating dtype.
     """
     check_params(params, streams, config)
     check_implementation(implementation)
     if params.phi is None or params.alpha is None:
-        pre, post, res = maps(params, streams, config)
-        return _collapse(pre, streams), post, res
-    return _read(*params, streams, config, implementation)
+        x, post, res = _read_plainly(params, streams, config)
+    elif config.norm == "rms":
+        x, post, res = _read(*params, streams, config, implementation)
+    else:
+        check_norm(config, implementation)
+        x, post, res = jax.checkpoint(_read_plainly, static_argnums=2)(params, streams, config)
+    return x, post, res if CONSTRAINTS[config.constraint].mixes else None
+
+
+def _read_plainly(params: StreamParams, streams: Array, config: StreamConfig) -> tuple[Array, Array, Array]:
+    pre, post, res = maps(params, streams, config)
+    return _collapse(pre, streams), post, res
 
 
 def _collapse(pre: Array, streams: Array, implementation: Implementation = None) -> Array:
@@ -125,13 +140,14 @@ def write(
     streams: Float[Array, "*tokens n C"],
     output: Float[Array, "*tokens C"],
     post: Float[Array, "*tokens n"],
-    res: Float[Array, "*tokens n n"],
+    res: Float[Array, "*tokens n n"] | None,
     *,
     implementation: Implementation = None,
 ) -> Float[Array, "*tokens n C"]:
     """H_res X + H_post^T y: the streams after a branch whose output is y.
 
     Args:
+        res: H_res; None is the identity, which costs nothing.
         implementation: "pallas" for the kernels of `mhc_jax.kernels.stream_write`, "xla" for what XLA fuses, None for
             the choice of `mhc_jax.kernels.choice`.
 
@@ -154,31 +170,45 @@ def fitted(output: Float[Array, "*tokens C"], dtype: Any) -> Float[Array, "*toke
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _write(streams: Array, output: Array, post: Array, res: Array, implementation: Implementation) -> Array:
-    return implemented("stream_write", implementation, write_kernels.write, forms.merged)(streams, output, post, res)
+def _write(streams: Array, output: Array, post: Array, res: Array | None, implementation: Implementation) -> Array:
+    return implemented("stream_write", implementation, _write_by_kernel, forms.merged)(streams, output, post, res)
+
+
+def _write_by_kernel(streams: Array, output: Array, post: Array, res: Array | None) -> Array:
+    return write_kernels.write(streams, output, post, forms.mixing(res, post))
 
 
 def _write_fwd(
-    streams: Array, output: Array, post: Array, res: Array, implementation: Implementation
-) -> tuple[Array, tuple[Array, ...]]:
-    merged = implemented("stream_write", implementation, write_kernels.write, forms.merged)(streams, output, post, res)
+    streams: Array, output: Array, post: Array, res: Array | None, implementation: Implementation
+) -> tuple[Array, tuple[Array | None, ...]]:
+    merged = implemented("stream_write", implementation, _write_by_kernel, forms.merged)(streams, output, post, res)
     return merged, (streams, output, post, res)
 
 
-def _write_bwd(implementation: Implementation, saved: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
-    return implemented("stream_write", implementation, write_kernels.write_backward, _write_backward_by_xla)(
+def _write_bwd(
+    implementation: Implementation, saved: tuple[Array | None, ...], cotangent: Array
+) -> tuple[Array | None, ...]:
+    return implemented("stream_write", implementation, _write_backward_by_kernel, _write_backward_by_xla)(
         cotangent, *saved
     )
 
 
+def _write_backward_by_kernel(
+    cotangent: Array, streams: Array, output: Array, post: Array, res: Array | None
+) -> tuple[Array | None, ...]:
+    mixing = forms.mixing(res, post)
+    *gradients, d_res = write_kernels.write_backward(cotangent, streams, output, post, mixing)
+    return *gradients, None if res is None else d_res
+
+
 def _write_backward_by_xla(
-    cotangent: Array, streams: Array, output: Array, post: Array, res: Array
-) -> tuple[Array, ...]:
-    d = cotangent.astype(res.dtype)
+    cotangent: Array, streams: Array, output: Array, post: Array, res: Array | None
+) -> tuple[Array | None, ...]:
+    d = cotangent.astype(post.dtype)
     d_streams = forms.mixed_back(res, d)
     d_output = jnp.einsum("...n,...nc->...c", post, d)
-    d_post = jnp.einsum("...nc,...c->...n", d, output.astype(res.dtype))
-    d_res = jnp.einsum("...ic,...jc->...ij", d, streams.astype(res.dtype))
+    d_post = jnp.einsum("...nc,...c->...n", d, output.astype(post.dtype))
+    d_res = None if res is None else jnp.einsum("...ic,...jc->...ij", d, streams.astype(post.dtype))
     return d_streams.astype(streams.dtype), d_output.astype(output.dtype), d_post, d_res
 
 
@@ -233,6 +263,7 @@ def head(
     """
     check_streams(params.phi, streams, config, config.streams)
     check_implementation(implementation)
-    raw, inverse_rms = raw_logits(params.phi, streams, config, implementation)
-    pre = jax.nn.sigmoid(params.alpha * raw * inverse_rms + params.bias) + config.epsilon
+    pre = read_weights(
+        params.alpha * normalized_logits(params.phi, streams, config, implementation) + params.bias, config
+    )
     return _collapse(pre, streams, implementation)

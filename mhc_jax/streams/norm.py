@@ -6,6 +6,7 @@ changes no digit. One of the three sums is sound. For the dtype float32, where e
     sum (2^-72 x)^2 for sum x^2 above 2^120,      sum (2^72 x)^2 for sum x^2 below 2^-76.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -67,6 +68,36 @@ def _inverse_rms_jvp(epsilon: float, primals: tuple[Array], tangents: tuple[Arra
     inverse = inverse_rms(x, epsilon)
     # In this order every product stays in range: x * inverse is about 1.
     return inverse, -inverse * jnp.mean((x * inverse) * (dx * inverse), axis=-1, keepdims=True)
+
+
+@jax.custom_jvp
+def _rms(x: Float[Array, "*batch size"]) -> Float[Array, "*batch 1"]:
+    """``sqrt(mean(x^2))``; where that is 0, its derivative is 0, too."""
+    return 1 / inverse_rms(x, 0.0)
+
+
+@_rms.defjvp
+def _rms_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    rms = _rms(x)
+    unit = x / jnp.where(rms == 0, 1, rms)
+    return rms, jnp.mean(unit * dx, axis=-1, keepdims=True)
+
+
+def _together(inverse: Callable[[Array, float], Array]) -> Callable[[Array, float], Array]:
+    return lambda streams, epsilon: inverse(streams.reshape(*streams.shape[:-2], -1), epsilon)[..., None]
+
+
+NORMS: dict[str, Callable[[Array, float], Array]] = {
+    # (streams (..., n, C), epsilon) -> what they are multiplied by, (..., 1, 1) or (..., n, 1).
+    # RMSNorm of vec X: equation 5 of arXiv 2512.24880.
+    "rms": _together(inverse_rms),
+    # As Megatron-LM.
+    "rms_outside": _together(lambda x, epsilon: 1 / (_rms(x) + epsilon)),
+    # As lucidrains' hyper-connections, and HC (arXiv 2409.19606).
+    "streams": inverse_rms,
+}
+"""How streams are normed before they are projected, each way under its name."""
 
 
 def _power(dtype: Any, exponent: int) -> float:

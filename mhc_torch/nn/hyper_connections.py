@@ -24,6 +24,8 @@ from mhc_torch.streams import (
     write,
 )
 from mhc_torch.streams.config import DEFAULTS
+from mhc_torch.streams.constraints import CONSTRAINTS
+from mhc_torch.streams.maps import read_weights
 from mhc_torch.streams.starts import STARTS
 
 
@@ -83,7 +85,8 @@ class ConnectionMaps(nn.Module):
     ) -> Float[Tensor, "*tokens n C"]:
         """H_res X + H_post^T branch(H_pre X) of the streams X. Further arguments reach the branch."""
         pre, post, res = self.token_maps(streams)
-        return write(streams, branch(collapse(pre, streams), *args, **kwargs), post, res)
+        mixing = res if CONSTRAINTS[self.config.constraint].mixes else None
+        return write(streams, branch(collapse(pre, streams), *args, **kwargs), post, mixing)
 
     def resting_maps(self) -> Maps:
         """The maps of the bias alone, around which those of the tokens lie: (n,), (n,) and (n, n)."""
@@ -186,8 +189,8 @@ class StreamHead(nn.Module):
     def forward(self, streams: Float[Tensor, "*tokens n C"]) -> Float[Tensor, "*tokens C"]:
         check_streams(self.phi, streams, self.config, self.config.streams)
         with full_precision(streams):
-            dynamic = normalized_logits(streams, self.phi, self.config.norm_epsilon)
-            pre = torch.sigmoid(self.alpha * dynamic + self.bias) + self.config.epsilon
+            dynamic = normalized_logits(streams, self.phi, self.config)
+            pre = read_weights(self.alpha * dynamic + self.bias, self.config)
         return collapse(pre, streams)
 
 

@@ -1,6 +1,7 @@
 """1 / rms(x) over the whole range of the dtype, though squares leave it : 1e20 squared is infinite in float32."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -38,6 +39,36 @@ def scale_of(norm: Tensor) -> Tensor:
 
 def _exponent(dtype: torch.dtype) -> int:
     return round(math.log2(torch.finfo(dtype).max))
+
+
+def _over_rms(x: Tensor, epsilon: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + epsilon) over the last axis, by operations that torch can differentiate."""
+    scale = scale_of(torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True))
+    wide, scaled_epsilon = scaled(x, epsilon, scale)
+    return torch.rsqrt(wide.square().mean(-1, keepdim=True) + scaled_epsilon) * scale
+
+
+def _over_rms_and_epsilon(x: Tensor, epsilon: float) -> Tensor:
+    """1 / (sqrt(mean(x^2)) + epsilon) over the last axis; where x is 0, its derivative is 0, too."""
+    scale = scale_of(torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True))
+    rms = torch.linalg.vector_norm(x * scale, dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
+    return scale / (rms + epsilon * scale)
+
+
+def _together(inverse: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float], Tensor]:
+    return lambda streams, epsilon: inverse(streams.flatten(-2), epsilon)[..., None]
+
+
+NORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    # (streams (..., n, C), epsilon) -> what they are multiplied by, (..., 1, 1) or (..., n, 1).
+    # RMSNorm of vec X: equation 5 of arXiv 2512.24880.
+    "rms": _together(_over_rms),
+    # As Megatron-LM.
+    "rms_outside": _together(_over_rms_and_epsilon),
+    # As lucidrains' hyper-connections, and HC (arXiv 2409.19606).
+    "streams": _over_rms,
+}
+"""How streams are normed before they are projected, each way under its name."""
 
 
 def scaled(x: Tensor, epsilon: float, scale: Tensor) -> tuple[Tensor, Tensor]:
