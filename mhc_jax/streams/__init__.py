@@ -18,13 +18,15 @@ from mhc_jax.kernels.choice import Implementation
 from mhc_jax.streams.boundary import Connected, apply_branches, boundary, flat_boundary
 from mhc_jax.streams.config import MAX_STREAMS, StreamConfig
 from mhc_jax.streams.connect import expand, head, read, reduce, wrap, write
-from mhc_jax.streams.conventions import from_deepseek_v4
+from mhc_jax.streams.conventions import CONVENTIONS, Convention
 from mhc_jax.streams.depth import optimal_block_length, scan_layers
 from mhc_jax.streams.maps import HeadParams, Maps, StreamParams, init_head_params, init_params, maps
 
 __all__ = [
+    "CONVENTIONS",
     "MAX_STREAMS",
     "Connected",
+    "Convention",
     "HeadParams",
     "Implementation",
     "Maps",
@@ -34,7 +36,6 @@ __all__ = [
     "boundary",
     "expand",
     "flat_boundary",
-    "from_deepseek_v4",
     "head",
     "init_head_params",
     "init_params",
