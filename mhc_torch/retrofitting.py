@@ -130,6 +130,8 @@ def retrofit(
         if value := getattr(config, name):
             shown = "pre_epsilon" if name == "read_epsilon" else name
             raise ValueError(f"{shown} must be 0, got {value}: with it the model would not keep its function")
+    if config.single_pass:
+        raise ValueError("single_pass must be False: a block of an existing model hands no maps to the next")
     if config.post_scale <= 1:
         raise ValueError(f"post_scale must be above 1, got {config.post_scale}: H_post has to start as 1")
     if done := next(_retrofitted(model), None):

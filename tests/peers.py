@@ -80,6 +80,23 @@ def megatron(tensors, x):
     return connected(x, pre, post, alternating(res, -1, -2, 20, 1e-6).mT)
 
 
+def deepseek_v4_1(layers, x):
+    """A network: each branch reads by the H_pre of the one before, the first one the first stream, as all ends."""
+    n = x.shape[1]
+    pre = torch.eye(n, dtype=x.dtype)[0].expand(len(x), n)
+    for tensors in layers:
+        flat = x.flatten(1)
+        following, post, res = (flat @ tensors["mapping_proj.weight"].T * inverse_rms(flat, 1e-5)).split(
+            [n, n, n * n], -1
+        )
+        b_pre, b_post, b_res = tensors["bias"].split([n, n, n * n])
+        post = 2 * torch.sigmoid(post * tensors["alpha_post"] + b_post)
+        res = alternating((res * tensors["alpha_res"] + b_res).unflatten(-1, (n, n)), -1, -2, 20, 1e-6)
+        x = connected(x, pre, post, res.mT)
+        pre = torch.sigmoid(following * tensors["alpha_pre"] + b_pre) + 1e-6
+    return torch.einsum("tn,tnc->tc", pre, x)
+
+
 def megatron_head(tensors, x):
     flat = x.flatten(1)
     logits = flat @ tensors["hc_head_fn"].T * inverse_rms(flat, 1e-6) * tensors["hc_head_scale"]

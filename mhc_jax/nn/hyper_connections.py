@@ -85,6 +85,23 @@ class ConnectionMaps(nnx.Module):
         connected = functional.wrap(branch, self.config, implementation=self.implementation)
         return connected(self.params(), streams, *args, **kwargs)
 
+    def single_pass(
+        self,
+        branch: Callable[..., Array],
+        streams: Float[Array, "*tokens n C"],
+        pre: Float[Array, "*tokens n"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Float[Array, "*tokens n C"], Float[Array, "*tokens n"]]:
+        """As `around`, where `config.single_pass`: the branch reads by `pre`, the H_pre of the branch before.
+
+        Returns:
+            The streams, and H_pre for the branch after. `streams.first_read` is that of the first, `streams.collapse`
+            by that of the last ends the network.
+        """
+        connected = functional.single_pass(branch, self.config, implementation=self.implementation)
+        return connected(self.params(), streams, pre, *args, **kwargs)
+
     def branch_gradients(self, own: Mapping[str, Any], beside: Mapping[str, Any]) -> Any:
         """Those of the branch, out of the gradients of this module and of the one that holds it."""
         return [beside.get(name, {}) for name in self.branch_names]

@@ -25,7 +25,7 @@ from mhc_jax.kernels import stream_boundary as kernels
 from mhc_jax.kernels.choice import Implementation, check_implementation, implemented
 from mhc_jax.streams import forms, norm
 from mhc_jax.streams.config import StreamConfig
-from mhc_jax.streams.connect import expand, fitted, reduce, write
+from mhc_jax.streams.connect import check_single_pass, expand, fitted, reduce, write
 from mhc_jax.streams.constraints import CONSTRAINTS
 from mhc_jax.streams.depth import depth_of, scan_any
 from mhc_jax.streams.maps import (
@@ -151,6 +151,7 @@ def _checked(
     config: StreamConfig,
     implementation: Implementation,
 ) -> tuple[Array, Array, Array, Array | None]:
+    check_single_pass(config, False)
     check_implementation(implementation)
     if config.norm == "rms" or params.phi is None:
         new, x, next_post, next_res = _boundary(params, streams, output, post, res, config, implementation)

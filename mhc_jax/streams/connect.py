@@ -52,6 +52,7 @@ def read(
         TypeError: if `streams` is not of a floating dtype.
     """
     check_params(params, streams, config)
+    check_single_pass(config, False)
     check_implementation(implementation)
     if params.phi is None or params.alpha is None:
         x, post, res = _read_plainly(params, streams, config)
@@ -65,10 +66,13 @@ def read(
 
 def _read_plainly(params: StreamParams, streams: Array, config: StreamConfig) -> tuple[Array, Array, Array]:
     pre, post, res = maps(params, streams, config)
-    return _collapse(pre, streams), post, res
+    return collapse(pre, streams), post, res
 
 
-def _collapse(pre: Array, streams: Array, implementation: Implementation = None) -> Array:
+def collapse(
+    pre: Float[Array, "*tokens n"], streams: Float[Array, "*tokens n C"], *, implementation: Implementation = None
+) -> Float[Array, "*tokens C"]:
+    """The branch's input H_pre X, in the dtype of the streams."""
     return implemented("stream_read", implementation, read_kernels.collapse, _collapse_by_xla)(pre, streams)
 
 
@@ -86,7 +90,7 @@ def _read(
 ) -> tuple[Array, Array, Array]:
     raw, inverse_rms = raw_logits(phi, streams, config, implementation)
     pre, post, res = maps_from_normalized(raw * inverse_rms, alpha, bias, config, implementation)
-    return _collapse(pre, streams, implementation), post, res
+    return collapse(pre, streams, implementation=implementation), post, res
 
 
 def _read_fwd(
@@ -96,7 +100,14 @@ def _read_fwd(
     # By `jax.vjp`, which puts the forward pass of `sinkhorn` in its place: a Hessian needs derivatives of both modes.
     maps_of = partial(maps_from_normalized, config=config, implementation=implementation)
     (pre, post, res), _ = jax.vjp(maps_of, raw * inverse_rms, alpha, bias)
-    return (_collapse(pre, streams, implementation), post, res), (phi, alpha, bias, streams, raw, inverse_rms)
+    return (collapse(pre, streams, implementation=implementation), post, res), (
+        phi,
+        alpha,
+        bias,
+        streams,
+        raw,
+        inverse_rms,
+    )
 
 
 def _read_bwd(
@@ -215,6 +226,68 @@ def _write_backward_by_xla(
 _write.defvjp(_write_fwd, _write_bwd)
 
 
+def check_single_pass(config: StreamConfig, asked: bool) -> None:
+    """A ValueError where a branch is to read by the H_pre of another branch than `config` says."""
+    if config.single_pass != asked:
+        other = "`single_pass`, which carries H_pre" if config.single_pass else "`read`, `wrap` or `boundary`"
+        raise ValueError(f"config.single_pass must be {asked} here, got {config.single_pass}: use {other}")
+
+
+def single_pass(
+    branch: Callable[..., Array], config: StreamConfig, *, implementation: Implementation = None
+) -> Callable[..., tuple[Array, Array]]:
+    """As `wrap`, of a branch that reads by the H_pre of the branch before: `config.single_pass`.
+
+    `connected(params, streams, pre, *args, **kwargs)` gives the streams, and H_pre for the branch after. The first
+    branch reads the first stream (`first_read`); by what the last one gives, `collapse` ends the network. So the maps
+    of a branch can be found while it runs.
+
+    Args:
+        implementation: as of `read` and `write`; derivatives of the maps are XLA's.
+
+    Raises:
+        ValueError: `config.single_pass` is not set; as `read`.
+        TypeError: as `read`.
+
+    Source: DeepSeek-V4.1, as Megatron-LM has it under `mhc_single_pass`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mhc_jax.streams import collapse, expand, first_read, init_params
+        >>> config = StreamConfig(4, single_pass=True)
+        >>> streams = expand(jnp.ones((2, 8)), 4)
+        >>> pre = first_read(streams)
+        >>> for layer in range(3):
+        ...     streams, pre = single_pass(jnp.tanh, config)(init_params(config, 8, layer), streams, pre)
+        >>> collapse(pre, streams).shape
+        (2, 8)
+    """
+    check_single_pass(config, True)
+    check_implementation(implementation)
+
+    @jax.checkpoint  # of the maps nothing is kept but the streams
+    def maps_of(params: StreamParams, streams: Array) -> Maps:
+        if params.phi is None or params.alpha is None:
+            return maps(params, streams, config)
+        normalized = normalized_logits(params.phi, streams, config, implementation)
+        return maps_from_normalized(normalized, params.alpha, params.bias, config, implementation)
+
+    def connected(params: StreamParams, streams: Array, pre: Array, *args: Any, **kwargs: Any) -> tuple[Array, Array]:
+        check_params(params, streams, config)
+        following, post, res = maps_of(params, streams)
+        output = branch(collapse(pre, streams, implementation=implementation), *args, **kwargs)
+        mixing = res if CONSTRAINTS[config.constraint].mixes else None
+        return write(streams, output, post, mixing, implementation=implementation), following
+
+    return connected
+
+
+def first_read(streams: Float[Array, "*tokens n C"]) -> Float[Array, "*tokens n"]:
+    """The H_pre by which the first branch of a single pass reads: the first stream, and no other."""
+    first = jnp.zeros(streams.shape[-2], jnp.promote_types(streams.dtype, jnp.float32)).at[0].set(1)
+    return jnp.broadcast_to(first, streams.shape[:-1])
+
+
 def wrap(
     branch: Callable[..., Array], config: StreamConfig, *, implementation: Implementation = None
 ) -> Callable[..., Array]:
@@ -266,4 +339,4 @@ def head(
     pre = read_weights(
         params.alpha * normalized_logits(params.phi, streams, config, implementation) + params.bias, config
     )
-    return _collapse(pre, streams, implementation)
+    return collapse(pre, streams, implementation=implementation)

@@ -25,6 +25,7 @@ from mhc_torch.streams import (
     write,
 )
 from mhc_torch.streams.config import DEFAULTS
+from mhc_torch.streams.connect import check_single_pass
 from mhc_torch.streams.constraints import CONSTRAINTS
 from mhc_torch.streams.conventions import Parameters, check_assigned, convention_named
 from mhc_torch.streams.maps import read_weights
@@ -107,9 +108,34 @@ class ConnectionMaps(nn.Module):
         self, branch: Callable[..., Tensor], streams: Float[Tensor, "*tokens n C"], *args: Any, **kwargs: Any
     ) -> Float[Tensor, "*tokens n C"]:
         """H_res X + H_post^T branch(H_pre X) of the streams X. Further arguments reach the branch."""
+        check_single_pass(self.config, False)
         pre, post, res = self.token_maps(streams)
         mixing = res if CONSTRAINTS[self.config.constraint].mixes else None
         return write(streams, branch(collapse(pre, streams), *args, **kwargs), post, mixing)
+
+    def single_pass(
+        self,
+        branch: Callable[..., Tensor],
+        streams: Float[Tensor, "*tokens n C"],
+        pre: Float[Tensor, "*tokens n"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Float[Tensor, "*tokens n C"], Float[Tensor, "*tokens n"]]:
+        """As `around`, where `config.single_pass`: the branch reads by `pre`, the H_pre of the branch before.
+
+        Returns:
+            The streams, and H_pre for the branch after. `streams.first_read` is that of the first, `streams.collapse`
+            by that of the last ends the network.
+
+        Raises:
+            ValueError: `config.single_pass` is not set.
+
+        Source: DeepSeek-V4.1, as Megatron-LM has it under `mhc_single_pass`.
+        """
+        check_single_pass(self.config, True)
+        following, post, res = self.token_maps(streams)
+        mixing = res if CONSTRAINTS[self.config.constraint].mixes else None
+        return write(streams, branch(collapse(pre, streams), *args, **kwargs), post, mixing), following
 
     def resting_maps(self) -> Maps:
         """The maps of the bias alone, around which those of the tokens lie: (n,), (n,) and (n, n)."""

@@ -37,6 +37,8 @@ class StreamConfig:
         norm: the norm of the streams before they are projected, a name in `NORMS`. "rms": that of all streams
             together, norm_epsilon added to the mean square (the paper); "rms_outside": norm_epsilon added to its root;
             "streams": that of each stream by itself, norm_epsilon added to its mean square.
+        single_pass: a branch reads by the H_pre of the branch before, not by its own, so that the streams are passed
+            over once (DeepSeek-V4.1); for `single_pass` alone, which carries H_pre from branch to branch.
 
     Unbounded maps ("none") have neither `epsilon` nor what is said of H_pre and H_post here. `streams.conventions` has
     the values of public models.
@@ -58,6 +60,7 @@ class StreamConfig:
     post_epsilon: float = 0.0
     order: str = "columns"
     norm: str = "rms"
+    single_pass: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mhc_torch.following import followed, full_precision
 from mhc_torch.history.mixing import autocasts
+from mhc_torch.streams.config import StreamConfig
 
 
 class _Collapse(torch.autograd.Function):
@@ -105,6 +106,20 @@ def write(
             streams.reshape(-1, n, width), output.reshape(-1, width), post.reshape(-1, n), mixing
         )
     return result.reshape(streams.shape)
+
+
+def check_single_pass(config: StreamConfig, asked: bool) -> None:
+    """A ValueError where a branch is to read by the H_pre of another branch than `config` says."""
+    if config.single_pass != asked:
+        other = "`single_pass`, which carries H_pre" if config.single_pass else "`around` or a call"
+        raise ValueError(f"config.single_pass must be {asked} here, got {config.single_pass}: use {other}")
+
+
+def first_read(streams: Float[Tensor, "*tokens n C"]) -> Float[Tensor, "*tokens n"]:
+    """The H_pre by which the first branch of a single pass reads: the first stream, and no other."""
+    first = torch.zeros(streams.shape[-2], dtype=torch.promote_types(streams.dtype, torch.float32))
+    first[0] = 1
+    return first.to(streams.device).expand(*streams.shape[:-1])
 
 
 def expand(x: Float[Tensor, "*tokens C"], streams: int) -> Float[Tensor, "*tokens n C"]:

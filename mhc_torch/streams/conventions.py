@@ -239,7 +239,7 @@ class Convention:
         fixed: fields of `StreamConfig` that are always so.
         head: where those of the learned reduction lie; None where there is none.
         head_fixed: fields that are others in the head.
-        reduction: how the streams end: "head", "mean" or "sum".
+        reduction: how the streams end: "head", "mean", "sum", or "last", by the H_pre of the last branch.
 
     Example:
         >>> config = CONVENTIONS["hy_v4"].config(hc_mult=2, hc_magnitude=1.0)
@@ -401,6 +401,18 @@ CONVENTIONS: dict[str, Convention] = {
         head=Joint({"hc_head_fn": ("pre",)}, {"hc_head_scale": ("pre",)}, {"hc_head_base": ("pre",)}, rows=True),
         head_fixed={"norm": "rms"},
         reduction="head",
+    ),
+    "deepseek_v4_1": Convention(
+        "DeepSeek-V4.1: Megatron-LM, megatron/core/transformer/hyper_connection.py at 023f5cf, with mhc_single_pass",
+        _MEGATRON,
+        {
+            "num_residual_streams": (4, ("streams",)),
+            "mhc_sinkhorn_iterations": (20, ("iterations",)),
+            "mhc_epsilon": (1e-6, ("epsilon",)),
+            "layernorm_epsilon": (1e-5, ("norm_epsilon",)),
+        },
+        {"single_pass": True},
+        reduction="last",
     ),
     "liger": Convention(
         "Liger-Kernel 0.8.2, src/liger_kernel/transformers/mhc.py at ead96b6: LigerMHC",

@@ -18,7 +18,7 @@ from mhc_jax.streams import HeadParams, StreamParams
 from mhc_jax.streams.constraints import CONSTRAINTS
 from mhc_jax.streams.conventions import CONVENTIONS, Parameters
 from mhc_torch.streams.conventions import CONVENTIONS as TORCH_CONVENTIONS
-from tests.peers import HEAD_SETTINGS, HEADS, LAYERS, SETTINGS
+from tests.peers import HEAD_SETTINGS, HEADS, LAYERS, SETTINGS, deepseek_v4_1
 
 WIDTH, TOKENS = 5, 3
 # A transposed permutation is another one from n = 3 on; n! logits for more are dear.
@@ -135,7 +135,8 @@ def test_there_and_back(case):
 
 
 def test_every_convention_is_held_to_its_project():
-    assert list(CONVENTIONS) == list(TORCH_CONVENTIONS) == list(LAYERS)
+    assert list(CONVENTIONS) == list(TORCH_CONVENTIONS)
+    assert {*CONVENTIONS} == {*LAYERS, "deepseek_v4_1"}
     assert {name for name, convention in CONVENTIONS.items() if convention.head} == {*HEADS}
 
 
@@ -205,3 +206,67 @@ def test_which_of_rows_and_columns_comes_first_matters():
             for order in ("columns", "rows")
         )
     assert 0.01 < np.abs(first - second).max() < 0.1
+
+
+def test_single_pass():
+    """A network of it, since a branch reads by the maps of the one before."""
+    convention = CONVENTIONS["deepseek_v4_1"]
+    config = convention.config(num_residual_streams=3)
+    rng, depth = np.random.default_rng(0), 3
+    nothing = Parameters(np.zeros((3 * WIDTH, config.logits)), np.zeros(3), np.zeros(config.logits))
+    like = convention.store(nothing, config)
+    layers = [{name: rng.normal(size=tensor.shape) for name, tensor in like.items()} for _ in range(depth)]
+    x, cotangent = rng.normal(size=(TOKENS, 3, WIDTH)), rng.normal(size=(TOKENS, WIDTH))
+    leaves = [{name: torch.tensor(tensor, requires_grad=True) for name, tensor in layer.items()} for layer in layers]
+    streams = torch.tensor(x, requires_grad=True)
+    theirs = deepseek_v4_1(leaves, streams)
+    theirs.backward(torch.tensor(cotangent))
+    # Of such layouts the derivative of `load` is its order.
+    gradients = [convention.load({name: leaf.grad for name, leaf in layer.items()}, config) for layer in leaves]
+
+    in_torch = mhc_torch.streams.StreamConfig(**vars(config))
+    modules = [mhc_torch.nn.HyperConnections(nn.Tanh(), WIDTH, config=in_torch).double() for _ in layers]
+    wide = own = torch.tensor(x, requires_grad=True)
+    pre = mhc_torch.streams.first_read(wide)
+    for module, tensors in zip(modules, layers, strict=True):
+        module.load_from("deepseek_v4_1", tensors)
+        wide, pre = module.single_pass(module.branch, wide, pre)
+    output = mhc_torch.streams.collapse(pre, wide)
+    output.backward(torch.tensor(cotangent))
+    close(output.detach(), theirs.detach())
+    close(own.grad, streams.grad)
+    for module, gradient in zip(modules, gradients, strict=True):
+        for ours, expected in zip((module.phi, module.alpha, module.bias), gradient, strict=True):
+            close(ours.grad, expected)
+
+    def run(layers, x):
+        pre = mhc_jax.streams.first_read(x)
+        for params in layers:
+            x, pre = mhc_jax.streams.single_pass(jnp.tanh, config)(params, x, pre)
+        return mhc_jax.streams.collapse(pre, x)
+
+    with jax.enable_x64(True):
+        params = [StreamParams(*map(jnp.asarray, convention.load(tensors, config))) for tensors in layers]
+        ours, pullback = jax.vjp(jax.jit(run), params, jnp.asarray(x))
+        d_layers, d_x = pullback(jnp.asarray(cotangent))
+        close(ours, theirs.detach())
+        close(d_x, streams.grad)
+        for found, gradient in zip(d_layers, gradients, strict=True):
+            for one, expected in zip(found, gradient, strict=True):
+                close(one, expected)
+
+
+def test_a_single_pass_is_nothing_else_than_it_says():
+    wide, other = (mhc_jax.streams.StreamConfig(2, single_pass=single_pass) for single_pass in (True, False))
+    params, x = mhc_jax.streams.init_params(wide, 3), jnp.ones((4, 2, 3))
+    message = "config.single_pass must be False here, got True: use `single_pass`"
+    with pytest.raises(ValueError, match=message):
+        mhc_jax.streams.read(params, x, wide)
+    with pytest.raises(ValueError, match=message):
+        mhc_jax.streams.boundary(params, x, x[:, 0], jnp.ones((4, 2)), None, wide)
+    with pytest.raises(ValueError, match=message):
+        layer("torch", wide)(torch.ones(4, 2, WIDTH))
+    with pytest.raises(ValueError, match=r"config.single_pass must be True here, got False"):
+        mhc_jax.streams.single_pass(jnp.tanh, other)
+    with pytest.raises(ValueError, match=r"config.single_pass must be True here, got False"):
+        layer("torch", other).single_pass(torch.tanh, torch.ones(4, 2, WIDTH), torch.ones(4, 2))
