@@ -8,6 +8,7 @@ from bridge.proof.verify import verify
 from bridge.weights import table  # noqa: F401 - declares the rules
 from bridge.weights.convert import convert
 from bridge.weights.files import convert_file, load, save
+from bridge.weights.hyper import hyper_connections, return_hyper_connections
 from bridge.weights.match import match
 from bridge.weights.optimizers import convert_optimizer
 from bridge.weights.pretrained import load_pretrained, read_config
@@ -24,11 +25,13 @@ __all__ = [
     "convert",
     "convert_file",
     "convert_optimizer",
+    "hyper_connections",
     "load",
     "load_pretrained",
     "match",
     "read_config",
     "register",
+    "return_hyper_connections",
     "save",
     "torch_function",
     "verify",

@@ -286,9 +286,16 @@ class Convention:
         """The tensors of one branch, or of the head, from our parameters.
 
         Raises:
-            ValueError: as `load`, or the convention cannot hold the parameters.
+            ValueError: as `load`; the parameters are not those of `config`, or the convention cannot hold them.
         """
-        return self._layout(config, head).store(parameters, config)
+        layout, n = self._layout(config, head), config.streams
+        columns, gates = (n, 1) if head else (config.logits, 3)
+        shapes = (len(parameters.phi), columns), (gates,), (columns,)
+        for name, given, shape in zip(parameters._fields, parameters, shapes, strict=True):
+            _check_shape(name, given, shape, config)
+        if len(parameters.phi) % n:
+            raise ValueError(f"phi must have {n} * width rows for {n} streams, got {len(parameters.phi)}")
+        return layout.store(parameters, config)
 
     def _layout(self, config: StreamConfig, head: bool) -> Layout:
         layout = self.head if head else self.maps

@@ -197,6 +197,16 @@ def test_what_a_convention_has_not_is_refused(package):
         CONVENTIONS["deepseek_v4"].config(n=4)
 
 
+def test_parameters_of_another_number_of_streams_are_not_stored():
+    convention = CONVENTIONS["liger"]
+    config = convention.config()
+    small = Parameters(np.ones((15, 15)), np.ones(3), np.ones(15))
+    with pytest.raises(ValueError, match=r"phi must have shape \(15, 24\) for 4 streams, got \(15, 15\)"):
+        convention.store(small, config)
+    with pytest.raises(ValueError, match=r"phi must have 4 \* width rows for 4 streams, got 15"):
+        convention.store(Parameters(np.ones((15, 24)), np.ones(3), np.ones(24)), config)
+
+
 def test_which_of_rows_and_columns_comes_first_matters():
     logits = 2 * np.random.default_rng(0).normal(size=(1000, 16))
     config = mhc_jax.streams.StreamConfig(4)
