@@ -6,8 +6,9 @@ Tensors are numpy arrays here, or what `np.asarray` makes one of.
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -28,12 +29,14 @@ class Parameters(NamedTuple):
     bias: Float[np.ndarray, " m"]
 
 
-class Layout(Protocol):
+class Layout(ABC):
     """Where the parameters of maps, or of a head, lie in the tensors of a public model."""
 
+    @abstractmethod
     def load(self, tensors: Tensors, config: StreamConfig) -> Parameters:
         """Our parameters. A ValueError where a tensor is missing, or not expected, or of another shape."""
 
+    @abstractmethod
     def store(self, parameters: Parameters, config: StreamConfig) -> dict[str, np.ndarray]:
         """Their tensors. A ValueError where they cannot hold the parameters."""
 

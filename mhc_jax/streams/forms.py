@@ -36,7 +36,7 @@ def _merged_on_tpu(streams: Array, output: Array, post: Array, res: Array | None
 
 
 def _merged_on_platform(streams: Array, output: Array, post: Array, res: Array | None) -> Array:
-    def kept(form: Callable[..., Array], *arguments: Array) -> Array:
+    def kept(form: Callable[..., Array], *arguments: Array | None) -> Array:
         return lax.optimization_barrier(form(*arguments))
 
     # Kept, or an accelerator stores it once more in float32, for whoever goes on in that.
