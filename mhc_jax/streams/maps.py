@@ -102,7 +102,7 @@ def normalized_logits(phi: Array, streams: Array, config: StreamConfig, implemen
         return raw * inverse_rms
     check_norm(config, implementation)
     wide = streams.astype(jnp.promote_types(streams.dtype, jnp.float32))
-    return forms.projected(wide * NORMS[config.norm](wide, config.norm_epsilon), phi.astype(wide.dtype))
+    return forms.projected(NORMS[config.norm](wide, config.norm_epsilon), phi.astype(wide.dtype))
 
 
 def check_norm(config: StreamConfig, implementation: Implementation) -> None:

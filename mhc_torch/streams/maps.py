@@ -100,7 +100,7 @@ def normalized_logits(
     x = streams.flatten(-2)
     if config.norm != "rms" or followed(x):
         wide = streams.to(torch.promote_types(x.dtype, torch.float32))
-        normed = (wide * NORMS[config.norm](wide, config.norm_epsilon)).flatten(-2)
+        normed = NORMS[config.norm](wide, config.norm_epsilon).flatten(-2)
         return normed @ phi.to(normed.dtype)
     result: Tensor = _Project.apply(x.reshape(-1, x.shape[-1]), phi, config.norm_epsilon)
     return result.reshape(*x.shape[:-1], phi.shape[-1])

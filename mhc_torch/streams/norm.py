@@ -41,34 +41,32 @@ def _exponent(dtype: torch.dtype) -> int:
     return round(math.log2(torch.finfo(dtype).max))
 
 
-def _over_rms(x: Tensor, epsilon: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + epsilon) over the last axis, by operations that torch can differentiate."""
+def _normed(x: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) over the last axis, by operations that torch can differentiate."""
+    wide, epsilon_of = scaled(x, epsilon, scale_of(torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)))
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon_of)
+
+
+def _normed_outside(x: Tensor, epsilon: float) -> Tensor:
+    """x / (sqrt(mean(x^2)) + epsilon) over the last axis; the derivative of the root at 0 is taken to be 0."""
     scale = scale_of(torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True))
-    wide, scaled_epsilon = scaled(x, epsilon, scale)
-    return torch.rsqrt(wide.square().mean(-1, keepdim=True) + scaled_epsilon) * scale
+    wide = x * scale
+    return wide / (torch.linalg.vector_norm(wide, dim=-1, keepdim=True) / math.sqrt(x.shape[-1]) + epsilon * scale)
 
 
-def _over_rms_and_epsilon(x: Tensor, epsilon: float) -> Tensor:
-    """1 / (sqrt(mean(x^2)) + epsilon) over the last axis; where x is 0, its derivative is 0, too."""
-    scale = scale_of(torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True))
-    rms = torch.linalg.vector_norm(x * scale, dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
-    return scale / (rms + epsilon * scale)
-
-
-def _together(inverse: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float], Tensor]:
-    return lambda streams, epsilon: inverse(streams.flatten(-2), epsilon)[..., None]
+def _together(normed: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float], Tensor]:
+    return lambda streams, epsilon: normed(streams.flatten(-2), epsilon).reshape(streams.shape)
 
 
 NORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    # (streams (..., n, C), epsilon) -> what they are multiplied by, (..., 1, 1) or (..., n, 1).
     # RMSNorm of vec X: equation 5 of arXiv 2512.24880.
-    "rms": _together(_over_rms),
+    "rms": _together(_normed),
     # As Megatron-LM.
-    "rms_outside": _together(_over_rms_and_epsilon),
+    "rms_outside": _together(_normed_outside),
     # As lucidrains' hyper-connections, and HC (arXiv 2409.19606).
-    "streams": _over_rms,
+    "streams": _normed,
 }
-"""How streams are normed before they are projected, each way under its name."""
+"""(streams (..., n, C), epsilon) -> normed streams, as they are projected, each way under its name."""
 
 
 def scaled(x: Tensor, epsilon: float, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,10 @@ from transformers.models.hy_v4.configuration_hy_v4 import HYV4Config
 from transformers.models.hy_v4.modeling_hy_v4 import HYV4Model
 
 import bridge
+import mhc_torch.nn
 from bridge.proof.exact_torch import Exact
 from mhc_jax import streams
-from mhc_jax.nn import StreamHead
+from mhc_jax.nn import HyperConnections, StreamHead
 
 SIZES = {
     "vocab_size": 20,
@@ -118,6 +119,13 @@ def test_there_and_back_is_bit_for_bit(make):
     bridge.return_hyper_connections(twins, other)
     for name, parameter in other.named_parameters():
         assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("option", [{"order": "rows"}, {"norm": "streams"}, {"pre_epsilon": 0.1}, {"post_scale": 1.5}])
+def test_convert_tells_options_that_differ(option):
+    ours, theirs = HyperConnections(jnp.tanh, 3, **option), mhc_torch.nn.HyperConnections(nn.Tanh(), 3)
+    with pytest.warns(UserWarning, match=next(iter(option))):
+        bridge.convert(ours, theirs)
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_written():
