@@ -70,11 +70,14 @@ def hyper_connections(model: nn.Module) -> dict[str, Twin]:
         ValueError: it has none that are known.
 
     Example:
-        ```
-        model = AutoModelForCausalLM.from_pretrained(path)
-        twins = bridge.hyper_connections(model)
-        streams = twins["model.layers.0.attn_hc"].around(attention, streams)
-        ```
+        >>> import torch
+        >>> from transformers.models.hy_v4.modeling_hy_v4 import HYV4Config, HYV4HyperConnection
+        >>> hyper = HYV4HyperConnection(HYV4Config(hidden_size=8, hc_mult=2)).requires_grad_(False)
+        >>> for parameter in hyper.parameters():
+        ...     _ = parameter.fill_(0.5)
+        >>> twins = hyper_connections(torch.nn.ModuleDict({"attn_hc": hyper}))
+        >>> twins["attn_hc"].phi.shape, twins["attn_hc"].config.constraint
+        ((16, 4), 'identity')
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -94,6 +97,19 @@ def return_hyper_connections(twins: Mapping[str, Twin], model: nn.Module) -> Non
     Raises:
         ValueError: one is missing or left over, or has other options, another shape or dtype than the model's. Nothing
             is written then.
+
+    Example:
+        >>> import torch
+        >>> from transformers.models.hy_v4.modeling_hy_v4 import HYV4Config, HYV4HyperConnection
+        >>> model = HYV4HyperConnection(HYV4Config(hidden_size=8, hc_mult=2)).requires_grad_(False)
+        >>> for parameter in model.parameters():
+        ...     _ = parameter.fill_(0.5)
+        >>> twins = hyper_connections(model)
+        >>> twins[""].bias[...] = twins[""].bias[...] + 1
+        >>> return_hyper_connections(twins, model)
+        >>> model.base
+        Parameter containing:
+        tensor([1.5000, 1.5000, 1.5000, 1.5000])
     """
     known = _known(model)
     if missing := sorted(known.keys() - twins.keys()):

@@ -305,3 +305,18 @@ def test_a_second_call_outside_jit_compiles_nothing(implementation):
     assert not compiled
     shared = 3 * shared  # which the same function object closes over
     np.testing.assert_allclose(streams.scan_layers(layer, params, x), 16 * x, rtol=1e-2)
+
+
+@pytest.mark.parametrize("norm", ["rms_outside", "streams"])
+@pytest.mark.parametrize("size", [1e25, 1e-25])
+def test_other_norms_have_derivatives_over_the_range_of_the_dtype(norm, size):
+    config = StreamConfig(3, "identity", norm=norm, norm_epsilon=0.0)
+    params, x = example(config)
+
+    def gradient(dtype):
+        given = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (params, size * x))
+        return jax.grad(lambda params, x: jnp.sum(streams.wrap(lambda h: h, config)(params, x)), 1)(*given)
+
+    with jax.enable_x64(True):
+        exact = gradient(jnp.float64)
+    np.testing.assert_allclose(gradient(jnp.float32), exact, rtol=0, atol=1e-5 * np.abs(exact).max())
