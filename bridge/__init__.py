@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bridge.proof.verify import verify
     from bridge.weights.convert import convert
     from bridge.weights.files import convert_file, load, save
+    from bridge.weights.hyper import hyper_connections, return_hyper_connections
     from bridge.weights.match import match
     from bridge.weights.optimizers import convert_optimizer
     from bridge.weights.pretrained import load_pretrained, read_config
@@ -30,11 +31,13 @@ __all__ = [
     "convert",
     "convert_file",
     "convert_optimizer",
+    "hyper_connections",
     "load",
     "load_pretrained",
     "match",
     "read_config",
     "register",
+    "return_hyper_connections",
     "save",
     "torch_function",
     "verify",
@@ -51,12 +54,14 @@ _HOMES = {
     "convert": "weights.convert",
     "convert_file": "weights.files",
     "convert_optimizer": "weights.optimizers",
+    "hyper_connections": "weights.hyper",
     "load": "weights.files",
     "load_pretrained": "weights.pretrained",
     "match": "weights.match",
     "read_config": "weights.pretrained",
     # Through the table, whose rules must stand before others replace them.
     "register": "weights.table",
+    "return_hyper_connections": "weights.hyper",
     "save": "weights.files",
     "torch_function": "calls.torch_in_jax",
     "verify": "proof.verify",

@@ -64,11 +64,14 @@ def refuse_unknown(kind: Any, fields: Collection[str], where: str = "") -> None:
 def check_types(config: Any) -> None:
     """Each field of a dataclass must have the type of its default; a whole number may stand for a float.
 
+    A field whose default is None is for the class itself to check.
+
     Raises:
         TypeError: one has not; True and False are no numbers.
     """
     for field in dataclasses.fields(config):
-        check_type(field.name, getattr(config, field.name), type(field.default))
+        if field.default is not None:
+            check_type(field.name, getattr(config, field.name), type(field.default))
 
 
 def check_type(name: str, value: object, wanted: type, hint: str = "") -> None:

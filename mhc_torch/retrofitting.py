@@ -126,8 +126,14 @@ def retrofit(
     config = resolve(_DEFAULTS, config, streams=streams, **options)
     if config.streams < 2:
         raise ValueError(f"streams must be at least 2, got {config.streams}: with one stream the model is what it was")
-    if config.epsilon:
-        raise ValueError(f"epsilon must be 0, got {config.epsilon}: with it the model would not keep its function")
+    for name in ("epsilon", "read_epsilon", "post_epsilon"):
+        if value := getattr(config, name):
+            shown = "pre_epsilon" if name == "read_epsilon" else name
+            raise ValueError(f"{shown} must be 0, got {value}: with it the model would not keep its function")
+    if config.single_pass:
+        raise ValueError("single_pass must be False: a block of an existing model hands no maps to the next")
+    if config.post_scale <= 1:
+        raise ValueError(f"post_scale must be above 1, got {config.post_scale}: H_post has to start as 1")
     if done := next(_retrofitted(model), None):
         raise ValueError(f"the model is retrofitted already: {done[0]!r} has streams; unretrofit it first")
     plans = [_plan(model, stack) for stack in _stacks(model, block)]

@@ -1,5 +1,6 @@
 """The streams of arXiv 2512.24880 written out in float64 numpy, token by token and index by index."""
 
+import inspect
 import itertools
 import math
 
@@ -10,8 +11,10 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def sinkhorn(logits, iterations=20, epsilon=0.0):
+def sinkhorn(logits, iterations=20, epsilon=0.0, order="columns"):
     """One n x n matrix: columns, then rows, `iterations` times, in the log domain when epsilon is 0."""
+    if order == "rows":
+        return sinkhorn(np.transpose(logits), iterations, epsilon).T
     log = np.array(logits, np.float64)
     n = len(log)
     for step in range(iterations):
@@ -34,11 +37,13 @@ def permutation_mixture(logits, n):
     return result
 
 
-def residual_map(logits, n, constraint, iterations=20, epsilon=0.0):
+def residual_map(logits, n, constraint, iterations=20, epsilon=0.0, order="columns"):
     if constraint == "none":
         return np.reshape(logits, (n, n))
+    if constraint == "identity":
+        return np.diag(np.ones(n))
     if constraint == "sinkhorn":
-        return sinkhorn(np.reshape(logits, (n, n)), iterations, epsilon)
+        return sinkhorn(np.reshape(logits, (n, n)), iterations, epsilon, order)
     if constraint == "permutations":
         return permutation_mixture(logits, n)
     factors, rest, result, start = [], n, np.ones((1, 1)), 0
@@ -52,21 +57,50 @@ def residual_map(logits, n, constraint, iterations=20, epsilon=0.0):
     return result
 
 
-def maps(phi, alpha, bias, x, constraint="sinkhorn", iterations=20, epsilon=0.0, norm_epsilon=1e-6):
+def normed(x, norm, epsilon):
+    """All entries of one token x of shape (n, C), stream by stream."""
+    if norm == "streams":
+        return np.concatenate([stream / math.sqrt(sum(stream**2) / len(stream) + epsilon) for stream in x])
+    flat = x.ravel()
+    if norm == "rms_outside":
+        return flat / (math.sqrt(sum(flat**2) / len(flat)) + epsilon)
+    return flat / np.sqrt(np.mean(flat**2) + epsilon)
+
+
+def maps(
+    phi,
+    alpha,
+    bias,
+    x,
+    constraint="sinkhorn",
+    iterations=20,
+    epsilon=0.0,
+    norm_epsilon=1e-6,
+    pre_epsilon=None,
+    post_scale=2.0,
+    post_epsilon=0.0,
+    order="columns",
+    norm="rms",
+):
     """H_pre (n,), H_post (n,), H_res (n, n) of one token x of shape (n, C)."""
     n = len(x)
     logits = np.array(bias, np.float64)
     if phi is not None:
-        flat = x.ravel()
-        flat = flat / np.sqrt(np.mean(flat**2) + norm_epsilon)
+        flat = normed(x, norm, norm_epsilon)
         for k in range(len(logits)):
             group = 0 if k < n else 1 if k < 2 * n else 2
             dynamic = sum(flat[c] * phi[c, k] for c in range(len(flat)))
             logits[k] += alpha[group] * (np.tanh(dynamic) if constraint == "none" else dynamic)
-    res = residual_map(logits[2 * n :], n, constraint, iterations, epsilon)
+    res = residual_map(logits[2 * n :], n, constraint, iterations, epsilon, order)
     if constraint == "none":
         return logits[:n], logits[n : 2 * n], res
-    return sigmoid(logits[:n]) + epsilon, 2 * sigmoid(logits[n : 2 * n]), res
+    pre = sigmoid(logits[:n]) + (epsilon if pre_epsilon is None else pre_epsilon)
+    return pre, post_scale * sigmoid(logits[n : 2 * n]) + post_epsilon, res
+
+
+def options(config):
+    """What `maps` takes of a StreamConfig of either package."""
+    return {name: getattr(config, name) for name in inspect.signature(maps).parameters if hasattr(config, name)}
 
 
 def layer(phi, alpha, bias, x, branch, **options):

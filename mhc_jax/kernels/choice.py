@@ -38,6 +38,14 @@ def check_implementation(implementation: Implementation) -> None:
         raise ValueError(f"implementation must be 'xla', 'pallas' or None, got {implementation!r}")
 
 
+def refuse_kernels(implementation: Implementation, option: str, value: object, able: str) -> None:
+    """Raises a ValueError if kernels are asked for, which cannot do what an option says, and names what they can."""
+    if implementation == "pallas":
+        raise ValueError(
+            f"implementation='pallas' has no kernels for {option}={value!r}, only for {able}: use implementation='xla'"
+        )
+
+
 def chosen(
     operation: str, implementation: Implementation, kernel: Callable[..., Any], xla: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -56,26 +64,28 @@ def chosen(
 def implemented(
     operation: str, implementation: Implementation, kernel: Callable[..., Any], xla: Callable[..., Any]
 ) -> Any:
-    """`chosen` of two functions `(*arrays, **options)`, of which JAX cannot differentiate the kernel.
+    """`chosen` of two functions `(*arrays, **options)`, of which JAX cannot differentiate the kernel. None is no array.
 
     What is not given a rule of its own (second derivatives, then) is differentiated as `xla`.
     """
 
-    def call(*arrays: Array, **options: Any) -> Any:
+    def call(*arrays: Array | None, **options: Any) -> Any:
         plain = partial(xla, **options)
 
-        def by_kernel(*arrays: Array) -> Any:
+        def by_kernel(*arrays: Array | None) -> Any:
             return _kernel(kernel, xla, tuple(sorted(options.items())), arrays)
 
         # No numbers are no block to work on.
-        some = all(array.size for array in arrays)
+        some = all(array.size for array in jax.tree.leaves(arrays))
         return chosen(operation, implementation if some else "xla", by_kernel, plain)(*arrays)
 
     return call
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _kernel(kernel: Callable[..., Any], xla: Callable[..., Any], options: Options, arrays: tuple[Array, ...]) -> Any:
+def _kernel(
+    kernel: Callable[..., Any], xla: Callable[..., Any], options: Options, arrays: tuple[Array | None, ...]
+) -> Any:
     return _launched(kernel, options, arrays)
 
 
@@ -89,5 +99,5 @@ def _kernel_jvp(
 
 # Compiled, so that a call outside jit finds what an earlier one compiled; inside, the kernel stands as it is.
 @partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _launched(kernel: Callable[..., Any], options: Options, arrays: tuple[Array, ...]) -> Any:
+def _launched(kernel: Callable[..., Any], options: Options, arrays: tuple[Array | None, ...]) -> Any:
     return kernel(*arrays, **dict(options))

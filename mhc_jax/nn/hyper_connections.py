@@ -22,6 +22,7 @@ from mhc_jax.nn.stack import unstacked
 from mhc_jax.options import resolve
 from mhc_jax.streams import Connected, HeadParams, Implementation, Maps, StreamConfig, StreamParams, maps
 from mhc_jax.streams.config import DEFAULTS
+from mhc_jax.streams.conventions import Parameters, check_assigned, convention_named
 
 
 class ConnectionMaps(nnx.Module):
@@ -56,12 +57,50 @@ class ConnectionMaps(nnx.Module):
             return StreamParams(None, None, self.bias[...])
         return StreamParams(self.phi[...], self.alpha[...], self.bias[...])
 
+    def load_from(self, convention: str, tensors: Mapping[str, Any]) -> None:
+        """Take the parameters of a public model's branch, by the names that they have there.
+
+        Args:
+            convention: a name in `mhc_jax.streams.CONVENTIONS`, whose options `config` has.
+            tensors: what `np.asarray` makes arrays of.
+
+        Raises:
+            ValueError: there is no such convention, or `config` is of another; a tensor is missing, not expected, or
+                has the shape of another number of streams or width. Nothing has changed then.
+        """
+        _assign(self, convention_named(convention).load(tensors, self.config))
+
+    def store_as(self, convention: str) -> dict[str, np.ndarray]:
+        """The parameters as a public model has them, by the names that they have there.
+
+        Raises:
+            ValueError: there is no such convention, `config` is of another, or it cannot hold the parameters.
+        """
+        return convention_named(convention).store(_arrays(self), self.config)
+
     def around(
         self, branch: Callable[..., Array], streams: Float[Array, "*tokens n C"], *args: Any, **kwargs: Any
     ) -> Float[Array, "*tokens n C"]:
         """H_res X + H_post^T branch(H_pre X) of the streams X. Further arguments reach the branch."""
         connected = functional.wrap(branch, self.config, implementation=self.implementation)
         return connected(self.params(), streams, *args, **kwargs)
+
+    def single_pass(
+        self,
+        branch: Callable[..., Array],
+        streams: Float[Array, "*tokens n C"],
+        pre: Float[Array, "*tokens n"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Float[Array, "*tokens n C"], Float[Array, "*tokens n"]]:
+        """As `around`, where `config.single_pass`: the branch reads by `pre`, the H_pre of the branch before.
+
+        Returns:
+            The streams, and H_pre for the branch after. `streams.first_read` is that of the first, `streams.collapse`
+            by that of the last ends the network.
+        """
+        connected = functional.single_pass(branch, self.config, implementation=self.implementation)
+        return connected(self.params(), streams, pre, *args, **kwargs)
 
     def branch_gradients(self, own: Mapping[str, Any], beside: Mapping[str, Any]) -> Any:
         """Those of the branch, out of the gradients of this module and of the one that holds it."""
@@ -180,9 +219,33 @@ class StreamHead(nnx.Module):
         self.alpha = nnx.Param(alpha)
         self.bias = nnx.Param(bias)
 
+    def load_from(self, convention: str, tensors: Mapping[str, Any]) -> None:
+        """Take the parameters of a public model's head; as `HyperConnections.load_from`."""
+        _assign(self, convention_named(convention).load(tensors, self.config, head=True))
+
+    def store_as(self, convention: str) -> dict[str, np.ndarray]:
+        """The parameters as a public model's head has them; as `HyperConnections.store_as`."""
+        return convention_named(convention).store(_arrays(self), self.config, head=True)
+
     def __call__(self, streams: Float[Array, "*tokens n C"]) -> Float[Array, "*tokens C"]:
         params = HeadParams(self.phi[...], self.alpha[...], self.bias[...])
         return functional.head(params, streams, self.config, implementation=self.implementation)
+
+
+def _arrays(module: ConnectionMaps | StreamHead) -> Parameters:
+    """What a convention stores; maps that are static have no convention, and are refused there."""
+    arrays: Any = (None if leaf is None else np.asarray(leaf[...]) for leaf in _leaves(module))
+    return Parameters(*arrays)
+
+
+def _assign(module: ConnectionMaps | StreamHead, parameters: Parameters) -> None:
+    check_assigned(_arrays(module), parameters)
+    for leaf, values in zip(_leaves(module), parameters, strict=True):
+        leaf[...] = jnp.asarray(values, leaf[...].dtype)
+
+
+def _leaves(module: ConnectionMaps | StreamHead) -> tuple[Any, Any, Any]:
+    return module.phi, module.alpha, module.bias
 
 
 class StreamStack(nnx.Module):

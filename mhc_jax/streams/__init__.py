@@ -17,14 +17,16 @@ streams to every layer, and the method is off.
 from mhc_jax.kernels.choice import Implementation
 from mhc_jax.streams.boundary import Connected, apply_branches, boundary, flat_boundary
 from mhc_jax.streams.config import MAX_STREAMS, StreamConfig
-from mhc_jax.streams.connect import expand, head, read, reduce, wrap, write
-from mhc_jax.streams.conventions import from_deepseek_v4
+from mhc_jax.streams.connect import collapse, expand, first_read, head, read, reduce, single_pass, wrap, write
+from mhc_jax.streams.conventions import CONVENTIONS, Convention
 from mhc_jax.streams.depth import optimal_block_length, scan_layers
 from mhc_jax.streams.maps import HeadParams, Maps, StreamParams, init_head_params, init_params, maps
 
 __all__ = [
+    "CONVENTIONS",
     "MAX_STREAMS",
     "Connected",
+    "Convention",
     "HeadParams",
     "Implementation",
     "Maps",
@@ -32,9 +34,10 @@ __all__ = [
     "StreamParams",
     "apply_branches",
     "boundary",
+    "collapse",
     "expand",
+    "first_read",
     "flat_boundary",
-    "from_deepseek_v4",
     "head",
     "init_head_params",
     "init_params",
@@ -43,6 +46,7 @@ __all__ = [
     "read",
     "reduce",
     "scan_layers",
+    "single_pass",
     "wrap",
     "write",
 ]

@@ -25,15 +25,17 @@ from mhc_jax.kernels import stream_boundary as kernels
 from mhc_jax.kernels.choice import Implementation, check_implementation, implemented
 from mhc_jax.streams import forms, norm
 from mhc_jax.streams.config import StreamConfig
-from mhc_jax.streams.connect import expand, fitted, reduce, write
+from mhc_jax.streams.connect import check_single_pass, expand, fitted, reduce, write
 from mhc_jax.streams.constraints import CONSTRAINTS
 from mhc_jax.streams.depth import depth_of, scan_any
 from mhc_jax.streams.maps import (
     Maps,
     StreamParams,
+    check_norm,
     check_params,
     maps,
     maps_from_normalized,
+    read_weights,
 )
 
 
@@ -42,12 +44,15 @@ def boundary(
     streams: Float[Array, "*tokens n C"],
     output: Float[Array, "*tokens C"],
     post: Float[Array, "*tokens n"],
-    res: Float[Array, "*tokens n n"],
+    res: Float[Array, "*tokens n n"] | None,
     config: StreamConfig,
     *,
     implementation: Implementation = None,
 ) -> tuple[
-    Float[Array, "*tokens n C"], Float[Array, "*tokens C"], Float[Array, "*tokens n"], Float[Array, "*tokens n n"]
+    Float[Array, "*tokens n C"],
+    Float[Array, "*tokens C"],
+    Float[Array, "*tokens n"],
+    Float[Array, "*tokens n n"] | None,
 ]:
     """`write(streams, output, post, res)`, and `read(params, .)` of what that gives.
 
@@ -55,17 +60,19 @@ def boundary(
 
     Args:
         params: of the maps of the branch that comes next.
-        streams, output, post, res: as of `write`: what the branch before read, its output and its maps.
+        streams, output, post, res: as of `write`: what the branch before read, its output and its maps. A res of None
+            is the identity.
         config: of the maps.
         implementation: "pallas" for the kernels of `mhc_jax.kernels.stream_boundary` on a TPU, for streams whose
             squares sum up to what float32 holds (below about 1e19); "xla" for what XLA fuses, at any size;
             None for the choice of `mhc_jax.kernels.choice`.
 
     Returns:
-        The streams X', the input x' of the next branch, and its H_post and H_res.
+        The streams X', the input x' of the next branch, and its H_post and H_res, None where it mixes nothing.
 
     Raises:
-        ValueError: if the shapes do not fit each other or `params`; "pallas" for a size that the kernels can't do.
+        ValueError: if the shapes do not fit each other or `params`; "pallas" for a size or a norm that the kernels
+            can't do.
         TypeError: if the streams are not of a floating dtype, or cannot hold the output's; "pallas" for float64.
 
     Source: arXiv 2512.24880, section 4.3.1 fuses parts of it.
@@ -83,8 +90,7 @@ def boundary(
     """
     check_params(params, streams, config)
     output = _written(streams, output, post, res)
-    check_implementation(implementation)
-    return _boundary(params, streams, output, post, res, config, implementation)
+    return _checked(params, streams, output, post, res, config, implementation)
 
 
 def flat_boundary(
@@ -92,12 +98,12 @@ def flat_boundary(
     streams: Float[Array, "*tokens nC"],
     output: Float[Array, "*tokens C"],
     post: Float[Array, "*tokens n"],
-    res: Float[Array, "*tokens n n"],
+    res: Float[Array, "*tokens n n"] | None,
     config: StreamConfig,
     *,
     implementation: Implementation = None,
 ) -> tuple[
-    Float[Array, "*tokens nC"], Float[Array, "*tokens C"], Float[Array, "*tokens n"], Float[Array, "*tokens n n"]
+    Float[Array, "*tokens nC"], Float[Array, "*tokens C"], Float[Array, "*tokens n"], Float[Array, "*tokens n n"] | None
 ]:
     """`boundary` of streams that lie side by side in one axis, (..., n * C), stream 0 first."""
     n = config.streams
@@ -106,11 +112,10 @@ def flat_boundary(
     parted = streams.reshape(*streams.shape[:-1], n, streams.shape[-1] // n)
     check_params(params, parted, config)
     output = _written(parted, output, post, res)
-    check_implementation(implementation)
-    return _boundary(params, streams, output, post, res, config, implementation)
+    return _checked(params, streams, output, post, res, config, implementation)
 
 
-def _written(streams: Array, output: Array, post: Array, res: Array) -> Array:
+def _written(streams: Array, output: Array, post: Array, res: Array | None) -> Array:
     """The output of the branch in the dtype of the streams, all shapes being right."""
     *lead, n, width = streams.shape
     if output.shape != (*lead, width):
@@ -118,9 +123,10 @@ def _written(streams: Array, output: Array, post: Array, res: Array) -> Array:
             f"the branch must keep the shape of its input: for streams of {n} that is {(*lead, width)}, "
             f"its output has {output.shape}"
         )
-    if post.shape != (*lead, n) or res.shape != (*lead, n, n):
+    if post.shape != (*lead, n) or (res is not None and res.shape != (*lead, n, n)):
         raise ValueError(
-            f"post and res must have shapes {(*lead, n)} and {(*lead, n, n)}, got {post.shape} and {res.shape}"
+            f"post and res must have shapes {(*lead, n)} and {(*lead, n, n)}, got {post.shape} and "
+            f"{None if res is None else res.shape}"
         )
     return fitted(output, streams.dtype)
 
@@ -136,13 +142,42 @@ def _flat(streams: Array, like: Array) -> Array:
     return streams.reshape(*like.shape[:-1], -1)
 
 
+def _checked(
+    params: StreamParams,
+    streams: Array,
+    output: Array,
+    post: Array,
+    res: Array | None,
+    config: StreamConfig,
+    implementation: Implementation,
+) -> tuple[Array, Array, Array, Array | None]:
+    check_single_pass(config, False)
+    check_implementation(implementation)
+    if config.norm == "rms" or params.phi is None:
+        new, x, next_post, next_res = _boundary(params, streams, output, post, res, config, implementation)
+    else:
+        check_norm(config, implementation)
+        new, x, next_post, next_res = _boundary_plainly(params, streams, output, post, res, config)
+    return new, x, next_post, next_res if CONSTRAINTS[config.constraint].mixes else None
+
+
+@partial(jax.checkpoint, static_argnums=5)
+def _boundary_plainly(
+    params: StreamParams, streams: Array, output: Array, post: Array, res: Array | None, config: StreamConfig
+) -> tuple[Array, ...]:
+    """Of any norm, with the derivatives that JAX finds; nothing is kept but the arguments."""
+    new = forms.merged(_parted(streams, output, config.streams), output, post, res)
+    following = maps(params, new, config)
+    return new.reshape(streams.shape), _collapsed(following.pre, new), following.post, following.res
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _boundary(
     params: StreamParams,
     flat: Array,
     output: Array,
     post: Array,
-    res: Array,
+    res: Array | None,
     config: StreamConfig,
     implementation: Implementation,
 ) -> tuple[Array, Array, Array, Array]:
@@ -154,7 +189,7 @@ def _forward(
     streams: Array,
     output: Array,
     post: Array,
-    res: Array,
+    res: Array | None,
     config: StreamConfig,
     implementation: Implementation,
 ) -> tuple[tuple[Array, Array, Array, Array], tuple[Any, ...]]:
@@ -164,8 +199,8 @@ def _forward(
         new = forms.merged(_parted(streams, output, config.streams), output, post, res)
         x = _collapsed(static.pre, new)
         return (new.reshape(streams.shape), x, static.post, static.res), (params, streams, output, post, res, ())
-    gate = jnp.broadcast_to(alpha[0], config.streams).astype(res.dtype)
-    arguments = streams, output, post, res, phi.astype(res.dtype), gate, bias[: config.streams].astype(res.dtype)
+    gate = jnp.broadcast_to(alpha[0], config.streams).astype(post.dtype)
+    arguments = streams, output, post, res, phi.astype(post.dtype), gate, bias[: config.streams].astype(post.dtype)
     form = implemented("stream_boundary", implementation, _forward_by_kernel, _forward_by_xla)
     new, x, raw, inverse_rms = form(*arguments, config=config)
     # By `jax.vjp`, which puts the forward pass of `sinkhorn` in its place: a Hessian needs derivatives of both modes.
@@ -182,7 +217,7 @@ def _backward(
 ) -> tuple[Any, ...]:
     (phi, alpha, bias), streams, output, post, res, projected = saved
     d_new, d_input, d_post, d_res = cotangents
-    n, dtype = config.streams, res.dtype
+    n, dtype = config.streams, post.dtype
     if phi is None or alpha is None:
         static, static_pullback = jax.vjp(partial(_static_maps, output=output, config=config), bias)
         *gradients, d_pre = _backward_by_xla(streams, output, post, res, static.pre, d_new, d_input)
@@ -220,7 +255,7 @@ def _static_maps(bias: Array, output: Array, config: StreamConfig) -> Maps:
 def _pre(config: StreamConfig, normalized: Array, gate: Array, bias: Array) -> Array:
     """H_pre of its normalized logits."""
     if CONSTRAINTS[config.constraint].bounded:
-        return jax.nn.sigmoid(gate * normalized + bias) + config.epsilon
+        return read_weights(gate * normalized + bias, config)
     return gate * jnp.tanh(normalized) + bias
 
 
@@ -232,7 +267,7 @@ def _forward_by_xla(
     streams: Array,
     output: Array,
     post: Array,
-    res: Array,
+    res: Array | None,
     phi: Array,
     gate: Array,
     bias: Array,
@@ -241,35 +276,45 @@ def _forward_by_xla(
 ) -> tuple[Array, Array, Array, Array]:
     """X', x', vec(X') phi and 1 / rms(vec X')."""
     new = forms.merged(_parted(streams, output, config.streams), output, post, res)
-    wide = new.astype(res.dtype)
+    wide = new.astype(post.dtype)
     raw, inverse_rms = forms.projected(wide, phi), norm.inverse_rms(forms.flattened(wide), config.norm_epsilon)
     pre = _pre(config, raw[..., : config.streams] * inverse_rms, gate, bias)
     return new.reshape(streams.shape), _collapsed(pre, new), raw, inverse_rms
 
 
-def _forward_by_kernel(streams: Array, output: Array, *maps: Array, config: StreamConfig) -> tuple[Array, ...]:
+def _forward_by_kernel(
+    streams: Array, output: Array, post: Array, res: Array | None, *maps: Array, config: StreamConfig
+) -> tuple[Array, ...]:
     kernel = partial(kernels.forward, pre=partial(_pre, config), norm_epsilon=config.norm_epsilon)
     xla = partial(_forward_by_xla, config=config)
-    new, *rest = kernels.on_tpu(kernel, xla, _flat(streams, output), output, *maps)
+    new, *rest = kernels.on_tpu(kernel, xla, _flat(streams, output), output, post, forms.mixing(res, post), *maps)
     return new.reshape(streams.shape), *rest
 
 
 def _backward_by_kernel(
-    streams: Array, output: Array, post: Array, res: Array, pre: Array, d_new: Array, *others: Array
+    streams: Array, output: Array, post: Array, res: Array | None, pre: Array, d_new: Array, *others: Array
 ) -> tuple[Array, ...]:
     flat, d_flat = (_flat(array, output) for array in (streams, d_new))
-    d_streams, *rest = kernels.on_tpu(kernels.backward, _backward_by_xla, flat, output, post, res, pre, d_flat, *others)
-    return d_streams.reshape(streams.shape), *rest
+    arguments = flat, output, post, forms.mixing(res, post), pre, d_flat, *others
+    d_streams, d_output, d_post, d_res, *rest = kernels.on_tpu(kernels.backward, _backward_by_xla, *arguments)
+    return d_streams.reshape(streams.shape), d_output, d_post, None if res is None else d_res, *rest
 
 
 def _backward_by_xla(
-    streams: Array, output: Array, post: Array, res: Array, pre: Array, d_new: Array, d_input: Array, *dynamic: Array
-) -> tuple[Array, ...]:
+    streams: Array,
+    output: Array,
+    post: Array,
+    res: Array | None,
+    pre: Array,
+    d_new: Array,
+    d_input: Array,
+    *dynamic: Array,
+) -> tuple[Any, ...]:
     """What arrives at streams, output, post, res and the next H_pre, and at phi if maps are dynamic.
 
     Arguments are those of `kernels.backward`.
     """
-    n, dtype = post.shape[-1], res.dtype
+    n, dtype = post.shape[-1], post.dtype
     old, d_new, d_input = _parted(streams, output, n), _parted(d_new, output, n).astype(dtype), d_input.astype(dtype)
     new = forms.merged(old, output, post, res).astype(dtype)
     d_pre = jnp.einsum("...c,...nc->...n", d_input, new)
@@ -288,7 +333,7 @@ def _backward_by_xla(
     d_streams = forms.mixed_back(res, total).astype(streams.dtype).reshape(streams.shape)
     d_output = jnp.einsum("...n,...nc->...c", post, total)
     d_post = jnp.einsum("...nc,...c->...n", total, output.astype(dtype))
-    d_res = jnp.einsum("...ic,...jc->...ij", total, old.astype(dtype))
+    d_res = None if res is None else jnp.einsum("...ic,...jc->...ij", total, old.astype(dtype))
     return d_streams, d_output.astype(output.dtype), d_post, d_res, d_pre, *d_phis
 
 
@@ -340,15 +385,19 @@ def apply_branches(
         (2, 8)
     """
     lead, width, dtype = x.shape[:-1], x.shape[-1], jnp.promote_types(x.dtype, jnp.float32)
+    branches = _branches(layer, params)
+    by_kernels = any(implementation == "pallas" for _, implementation in branches)
+    mixes = any(CONSTRAINTS[config.constraint].mixes for config, _ in branches[-1:])
     # The first boundary passes the streams on: H_res is 1, and no branch has written.
-    first: tuple[Array, ...] = (
-        _flat(expand(x, streams), x) if _by_kernels(layer, params) else expand(x, streams),
+    no_post = jnp.zeros((*lead, streams), dtype)
+    first: tuple[Any, ...] = (
+        _flat(expand(x, streams), x) if by_kernels else expand(x, streams),
         jnp.zeros_like(x),
-        jnp.zeros((*lead, streams), dtype),
-        jnp.broadcast_to(jnp.eye(streams, dtype=dtype), (*lead, streams, streams)),
+        no_post,
+        forms.mixing(None, no_post) if mixes else None,
     )
 
-    def step(params: Any, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def step(params: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         new, output, post, res = carry
         for connected in layer(params):
             _, maps_params, config, implementation = connected
@@ -362,14 +411,14 @@ def apply_branches(
     return reduce(write(_parted(new, output, streams), output, post, res))
 
 
-def _by_kernels(layer: Callable[[Any], Iterable[Connected]], params: Any) -> bool:
-    """Whether any branch of a layer asks for kernels."""
-    asked: list[Implementation] = []
+def _branches(layer: Callable[[Any], Iterable[Connected]], params: Any) -> list[tuple[StreamConfig, Implementation]]:
+    """How the branches of a layer are connected, in their order; none of no layers."""
+    asked: list[tuple[StreamConfig, Implementation]] = []
 
     def ask(params: Any) -> None:
         first = jax.tree.map(lambda leaf: lax.index_in_dim(leaf, 0, keepdims=False), params)
-        asked.extend(connected.implementation for connected in layer(first))
+        asked.extend((connected.config, connected.implementation) for connected in layer(first))
 
     if depth_of(params):
         jax.eval_shape(ask, params)
-    return "pallas" in asked
+    return asked

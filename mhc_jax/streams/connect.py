@@ -13,15 +13,19 @@ from mhc_jax.kernels import stream_write as write_kernels
 from mhc_jax.kernels.choice import Implementation, check_implementation, implemented
 from mhc_jax.streams import forms
 from mhc_jax.streams.config import StreamConfig
+from mhc_jax.streams.constraints import CONSTRAINTS
 from mhc_jax.streams.maps import (
     HeadParams,
     Maps,
     StreamParams,
+    check_norm,
     check_params,
     check_streams,
     maps,
     maps_from_normalized,
+    normalized_logits,
     raw_logits,
+    read_weights,
 )
 
 
@@ -31,10 +35,11 @@ def read(
     config: StreamConfig,
     *,
     implementation: Implementation = None,
-) -> tuple[Float[Array, "*tokens C"], Float[Array, "*tokens n"], Float[Array, "*tokens n n"]]:
-    """The branch's input H_pre X, and the maps H_post and H_res for `write`.
+) -> tuple[Float[Array, "*tokens C"], Float[Array, "*tokens n"], Float[Array, "*tokens n n"] | None]:
+    """The branch's input H_pre X, and the maps H_post and H_res for `write`; None is an H_res that mixes nothing.
 
     Kept for backward: the streams themselves and `config.logits` + 1 numbers a token; the maps are computed again.
+    With a norm other than "rms" those numbers, too.
 
     Args:
         implementation: "pallas" for the kernels of `mhc_jax.kernels.stream_read` and `mhc_jax.kernels.sinkhorn`, "xla"
@@ -42,18 +47,32 @@ def read(
             XLA's.
 
     Raises:
-        ValueError: if `streams` has not n streams, or its width is not that of `params`.
+        ValueError: if `streams` has not n streams, or its width is not that of `params`; "pallas" for a norm that the
+            kernels have not.
         TypeError: if `streams` is not of a floating dtype.
     """
     check_params(params, streams, config)
+    check_single_pass(config, False)
     check_implementation(implementation)
     if params.phi is None or params.alpha is None:
-        pre, post, res = maps(params, streams, config)
-        return _collapse(pre, streams), post, res
-    return _read(*params, streams, config, implementation)
+        x, post, res = _read_plainly(params, streams, config)
+    elif config.norm == "rms":
+        x, post, res = _read(*params, streams, config, implementation)
+    else:
+        check_norm(config, implementation)
+        x, post, res = jax.checkpoint(_read_plainly, static_argnums=2)(params, streams, config)
+    return x, post, res if CONSTRAINTS[config.constraint].mixes else None
 
 
-def _collapse(pre: Array, streams: Array, implementation: Implementation = None) -> Array:
+def _read_plainly(params: StreamParams, streams: Array, config: StreamConfig) -> tuple[Array, Array, Array]:
+    pre, post, res = maps(params, streams, config)
+    return collapse(pre, streams), post, res
+
+
+def collapse(
+    pre: Float[Array, "*tokens n"], streams: Float[Array, "*tokens n C"], *, implementation: Implementation = None
+) -> Float[Array, "*tokens C"]:
+    """The branch's input H_pre X, in the dtype of the streams."""
     return implemented("stream_read", implementation, read_kernels.collapse, _collapse_by_xla)(pre, streams)
 
 
@@ -71,7 +90,7 @@ def _read(
 ) -> tuple[Array, Array, Array]:
     raw, inverse_rms = raw_logits(phi, streams, config, implementation)
     pre, post, res = maps_from_normalized(raw * inverse_rms, alpha, bias, config, implementation)
-    return _collapse(pre, streams, implementation), post, res
+    return collapse(pre, streams, implementation=implementation), post, res
 
 
 def _read_fwd(
@@ -81,7 +100,14 @@ def _read_fwd(
     # By `jax.vjp`, which puts the forward pass of `sinkhorn` in its place: a Hessian needs derivatives of both modes.
     maps_of = partial(maps_from_normalized, config=config, implementation=implementation)
     (pre, post, res), _ = jax.vjp(maps_of, raw * inverse_rms, alpha, bias)
-    return (_collapse(pre, streams, implementation), post, res), (phi, alpha, bias, streams, raw, inverse_rms)
+    return (collapse(pre, streams, implementation=implementation), post, res), (
+        phi,
+        alpha,
+        bias,
+        streams,
+        raw,
+        inverse_rms,
+    )
 
 
 def _read_bwd(
@@ -125,13 +151,14 @@ def write(
     streams: Float[Array, "*tokens n C"],
     output: Float[Array, "*tokens C"],
     post: Float[Array, "*tokens n"],
-    res: Float[Array, "*tokens n n"],
+    res: Float[Array, "*tokens n n"] | None,
     *,
     implementation: Implementation = None,
 ) -> Float[Array, "*tokens n C"]:
     """H_res X + H_post^T y: the streams after a branch whose output is y.
 
     Args:
+        res: H_res; None is the identity, which costs nothing.
         implementation: "pallas" for the kernels of `mhc_jax.kernels.stream_write`, "xla" for what XLA fuses, None for
             the choice of `mhc_jax.kernels.choice`.
 
@@ -154,35 +181,111 @@ def fitted(output: Float[Array, "*tokens C"], dtype: Any) -> Float[Array, "*toke
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _write(streams: Array, output: Array, post: Array, res: Array, implementation: Implementation) -> Array:
-    return implemented("stream_write", implementation, write_kernels.write, forms.merged)(streams, output, post, res)
+def _write(streams: Array, output: Array, post: Array, res: Array | None, implementation: Implementation) -> Array:
+    return implemented("stream_write", implementation, _write_by_kernel, forms.merged)(streams, output, post, res)
+
+
+def _write_by_kernel(streams: Array, output: Array, post: Array, res: Array | None) -> Array:
+    return write_kernels.write(streams, output, post, forms.mixing(res, post))
 
 
 def _write_fwd(
-    streams: Array, output: Array, post: Array, res: Array, implementation: Implementation
-) -> tuple[Array, tuple[Array, ...]]:
-    merged = implemented("stream_write", implementation, write_kernels.write, forms.merged)(streams, output, post, res)
+    streams: Array, output: Array, post: Array, res: Array | None, implementation: Implementation
+) -> tuple[Array, tuple[Array | None, ...]]:
+    merged = implemented("stream_write", implementation, _write_by_kernel, forms.merged)(streams, output, post, res)
     return merged, (streams, output, post, res)
 
 
-def _write_bwd(implementation: Implementation, saved: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
-    return implemented("stream_write", implementation, write_kernels.write_backward, _write_backward_by_xla)(
+def _write_bwd(
+    implementation: Implementation, saved: tuple[Array | None, ...], cotangent: Array
+) -> tuple[Array | None, ...]:
+    return implemented("stream_write", implementation, _write_backward_by_kernel, _write_backward_by_xla)(
         cotangent, *saved
     )
 
 
+def _write_backward_by_kernel(
+    cotangent: Array, streams: Array, output: Array, post: Array, res: Array | None
+) -> tuple[Array | None, ...]:
+    mixing = forms.mixing(res, post)
+    *gradients, d_res = write_kernels.write_backward(cotangent, streams, output, post, mixing)
+    return *gradients, None if res is None else d_res
+
+
 def _write_backward_by_xla(
-    cotangent: Array, streams: Array, output: Array, post: Array, res: Array
-) -> tuple[Array, ...]:
-    d = cotangent.astype(res.dtype)
+    cotangent: Array, streams: Array, output: Array, post: Array, res: Array | None
+) -> tuple[Array | None, ...]:
+    d = cotangent.astype(post.dtype)
     d_streams = forms.mixed_back(res, d)
     d_output = jnp.einsum("...n,...nc->...c", post, d)
-    d_post = jnp.einsum("...nc,...c->...n", d, output.astype(res.dtype))
-    d_res = jnp.einsum("...ic,...jc->...ij", d, streams.astype(res.dtype))
+    d_post = jnp.einsum("...nc,...c->...n", d, output.astype(post.dtype))
+    d_res = None if res is None else jnp.einsum("...ic,...jc->...ij", d, streams.astype(post.dtype))
     return d_streams.astype(streams.dtype), d_output.astype(output.dtype), d_post, d_res
 
 
 _write.defvjp(_write_fwd, _write_bwd)
+
+
+def check_single_pass(config: StreamConfig, asked: bool) -> None:
+    """A ValueError where a branch is to read by the H_pre of another branch than `config` says."""
+    if config.single_pass != asked:
+        other = "`single_pass`, which carries H_pre" if config.single_pass else "`read`, `wrap` or `boundary`"
+        raise ValueError(f"config.single_pass must be {asked} here, got {config.single_pass}: use {other}")
+
+
+def single_pass(
+    branch: Callable[..., Array], config: StreamConfig, *, implementation: Implementation = None
+) -> Callable[..., tuple[Array, Array]]:
+    """As `wrap`, of a branch that reads by the H_pre of the branch before: `config.single_pass`.
+
+    `connected(params, streams, pre, *args, **kwargs)` gives the streams, and H_pre for the branch after. The first
+    branch reads the first stream (`first_read`); by what the last one gives, `collapse` ends the network. So the maps
+    of a branch can be found while it runs.
+
+    Args:
+        implementation: as of `read` and `write`; derivatives of the maps are XLA's.
+
+    Raises:
+        ValueError: `config.single_pass` is not set; as `read`.
+        TypeError: as `read`.
+
+    Source: DeepSeek-V4.1, as Megatron-LM has it under `mhc_single_pass`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mhc_jax.streams import collapse, expand, first_read, init_params
+        >>> config = StreamConfig(4, single_pass=True)
+        >>> streams = expand(jnp.ones((2, 8)), 4)
+        >>> pre = first_read(streams)
+        >>> for layer in range(3):
+        ...     streams, pre = single_pass(jnp.tanh, config)(init_params(config, 8, layer), streams, pre)
+        >>> collapse(pre, streams).shape
+        (2, 8)
+    """
+    check_single_pass(config, True)
+    check_implementation(implementation)
+
+    @jax.checkpoint  # of the maps nothing is kept but the streams
+    def maps_of(params: StreamParams, streams: Array) -> Maps:
+        if params.phi is None or params.alpha is None:
+            return maps(params, streams, config)
+        normalized = normalized_logits(params.phi, streams, config, implementation)
+        return maps_from_normalized(normalized, params.alpha, params.bias, config, implementation)
+
+    def connected(params: StreamParams, streams: Array, pre: Array, *args: Any, **kwargs: Any) -> tuple[Array, Array]:
+        check_params(params, streams, config)
+        following, post, res = maps_of(params, streams)
+        output = branch(collapse(pre, streams, implementation=implementation), *args, **kwargs)
+        mixing = res if CONSTRAINTS[config.constraint].mixes else None
+        return write(streams, output, post, mixing, implementation=implementation), following
+
+    return connected
+
+
+def first_read(streams: Float[Array, "*tokens n C"]) -> Float[Array, "*tokens n"]:
+    """The H_pre by which the first branch of a single pass reads: the first stream, and no other."""
+    first = jnp.zeros(streams.shape[-2], jnp.promote_types(streams.dtype, jnp.float32)).at[0].set(1)
+    return jnp.broadcast_to(first, streams.shape[:-1])
 
 
 def wrap(
@@ -233,6 +336,7 @@ def head(
     """
     check_streams(params.phi, streams, config, config.streams)
     check_implementation(implementation)
-    raw, inverse_rms = raw_logits(params.phi, streams, config, implementation)
-    pre = jax.nn.sigmoid(params.alpha * raw * inverse_rms + params.bias) + config.epsilon
-    return _collapse(pre, streams, implementation)
+    pre = read_weights(
+        params.alpha * normalized_logits(params.phi, streams, config, implementation) + params.bias, config
+    )
+    return collapse(pre, streams, implementation=implementation)

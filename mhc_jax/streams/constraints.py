@@ -31,12 +31,16 @@ class Constraint:
         identity: n -> logits (m,) with which H_res is the identity, or as near to it as the set allows.
         bounded: whether H_pre is a sigmoid and H_post twice a sigmoid. If not, all three maps are
             `alpha * tanh(.) + bias` (HC, arXiv 2409.19606).
+        mixes: whether H_res is anything but the identity. If not, `write` takes None for it, and mixes nothing.
+        transposed: n -> the order of the logits with which H_res is the transpose of what it was.
     """
 
     logits: Callable[[int], int]
     residual: "Callable[[Array, StreamConfig, Implementation], Array]"
     identity: Callable[[int], np.ndarray]
     bounded: bool = True
+    mixes: bool = True
+    transposed: Callable[[int], list[int]] = lambda n: [j * n + i for i in range(n) for j in range(n)]
 
 
 def _square(logits: Float[Array, "*tokens m"], n: int) -> Float[Array, "*tokens n n"]:
@@ -45,7 +49,10 @@ def _square(logits: Float[Array, "*tokens m"], n: int) -> Float[Array, "*tokens 
 
 def _sinkhorn(logits: Array, config: "StreamConfig", implementation: Implementation) -> Array:
     form = chosen("sinkhorn", implementation, sinkhorn_kernels.sinkhorn, sinkhorn)
-    return form(_square(logits, config.streams), iterations=config.iterations, epsilon=config.epsilon)
+    logits = _square(logits, config.streams)
+    if config.order == "rows":
+        return form(logits.mT, iterations=config.iterations, epsilon=config.epsilon).mT
+    return form(logits, iterations=config.iterations, epsilon=config.epsilon)
 
 
 def _mixtures(factors: Callable[[int], tuple[int, ...]]) -> Constraint:
@@ -74,7 +81,15 @@ def _mixtures(factors: Callable[[int], tuple[int, ...]]) -> Constraint:
         parts = [np.where(np.arange(math.factorial(factor)), -8.0, 0.0) for factor in factors(n)]
         return np.concatenate([np.zeros(0), *parts])
 
-    return Constraint(logits, residual, identity)
+    def transposed(n: int) -> list[int]:
+        # The transpose of a permutation matrix is that of the inverse permutation.
+        order: list[int] = []
+        for factor in factors(n):
+            all_of_them = list(permutations(range(factor)))
+            order += [len(order) + all_of_them.index(tuple(map(one.index, range(factor)))) for one in all_of_them]
+        return order
+
+    return Constraint(logits, residual, identity, transposed=transposed)
 
 
 def _permutation_matrices(n: int) -> np.ndarray:
@@ -94,6 +109,16 @@ CONSTRAINTS: dict[str, Constraint] = {
     "permutations": _mixtures(lambda n: (n,)),
     # A Kronecker product of such mixtures, one for each prime factor of n: KromHC, arXiv 2601.21579.
     "kronecker": _mixtures(_prime_factors),
+    # The identity itself, as Hy4 has it.
+    "identity": Constraint(
+        lambda n: 0,
+        lambda logits, config, _: jnp.broadcast_to(
+            jnp.eye(config.streams, dtype=logits.dtype), (*logits.shape[:-1], config.streams, config.streams)
+        ),
+        lambda n: np.zeros(0),
+        mixes=False,
+        transposed=lambda n: [],
+    ),
     # Any matrix: HC, arXiv 2409.19606.
     "none": Constraint(
         lambda n: n * n,

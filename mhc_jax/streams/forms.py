@@ -15,24 +15,28 @@ from jax import lax
 from jaxtyping import Array, Float
 
 
-def _merged(streams: Array, output: Array, post: Array, res: Array) -> Array:
-    old, new = streams.astype(res.dtype), output.astype(res.dtype)
+def _merged(streams: Array, output: Array, post: Array, res: Array | None) -> Array:
+    old, new = streams.astype(post.dtype), output.astype(post.dtype)
     # A sum over streams rather than a product of tiny matrices: it fuses into one pass over the streams.
     mixed = post[..., None] * new[..., None, :]
+    if res is None:
+        return (old + mixed).astype(streams.dtype)
     for j in range(res.shape[-1]):
         mixed += res[..., j, None] * old[..., None, j, :]
     return mixed.astype(streams.dtype)
 
 
-def _merged_on_tpu(streams: Array, output: Array, post: Array, res: Array) -> Array:
+def _merged_on_tpu(streams: Array, output: Array, post: Array, res: Array | None) -> Array:
+    if res is None:
+        return _merged(streams, output, post, res)
     # Unless told otherwise a TPU rounds the weights to bfloat16.
     exact = lax.Precision.HIGHEST
     mixed = jnp.einsum("...ij,...jc->...ic", res, streams.astype(res.dtype), precision=exact)
     return (mixed + post[..., None] * output.astype(res.dtype)[..., None, :]).astype(streams.dtype)
 
 
-def _merged_on_platform(streams: Array, output: Array, post: Array, res: Array) -> Array:
-    def kept(form: Callable[..., Array], *arguments: Array) -> Array:
+def _merged_on_platform(streams: Array, output: Array, post: Array, res: Array | None) -> Array:
+    def kept(form: Callable[..., Array], *arguments: Array | None) -> Array:
         return lax.optimization_barrier(form(*arguments))
 
     # Kept, or an accelerator stores it once more in float32, for whoever goes on in that.
@@ -45,9 +49,9 @@ def merged(
     streams: Float[Array, "*tokens n C"],
     output: Float[Array, "*tokens C"],
     post: Float[Array, "*tokens n"],
-    res: Float[Array, "*tokens n n"],
+    res: Float[Array, "*tokens n n"] | None,
 ) -> Float[Array, "*tokens n C"]:
-    """res X + post y, summed in the dtype of the maps."""
+    """res X + post y, summed in the dtype of the maps. A res of None is the identity."""
     return _merged_on_platform(streams, output, post, res)
 
 
@@ -55,8 +59,10 @@ def merged(
 merged.defjvp(lambda primals, tangents: jax.jvp(_merged_on_platform, primals, tangents))
 
 
-def mixed_back(res: Float[Array, "*tokens n n"], d: Float[Array, "*tokens n C"]) -> Float[Array, "*tokens n C"]:
-    """res^T d."""
+def mixed_back(res: Float[Array, "*tokens n n"] | None, d: Float[Array, "*tokens n C"]) -> Float[Array, "*tokens n C"]:
+    """res^T d. A res of None is the identity."""
+    if res is None:
+        return d
 
     def by_sums(res: Array, d: Array) -> Array:
         total = jnp.zeros_like(d)
@@ -98,6 +104,12 @@ def projected_back(
         return jnp.einsum("...m,jcm->...jc", d_raw, phi.reshape(*streams.shape[-2:], -1)), d_phi
 
     return lax.platform_dependent(streams, phi, d_raw, tpu=on_tpu, default=flat)
+
+
+def mixing(res: Float[Array, "*tokens n n"] | None, post: Float[Array, "*tokens n"]) -> Float[Array, "*tokens n n"]:
+    """res as a matrix, for who needs one."""
+    n = post.shape[-1]
+    return jnp.broadcast_to(jnp.eye(n, dtype=post.dtype), (*post.shape, n)) if res is None else res
 
 
 def in_memory(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -2,7 +2,8 @@
 
     logits = alpha * (RMSNorm(vec X) phi) + bias,    H_pre = sigmoid,  H_post = 2 sigmoid,  H_res = a constraint's
 
-Maps are float32 whatever the dtype of the streams (float64 for float64 streams).
+What public models do otherwise, `StreamConfig` says. Maps are float32 whatever the dtype of the streams (float64 for
+float64 streams).
 """
 
 import math
@@ -14,10 +15,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mhc_jax.kernels import stream_read as read_kernels
-from mhc_jax.kernels.choice import Implementation, implemented
+from mhc_jax.kernels.choice import Implementation, implemented, refuse_kernels
 from mhc_jax.streams import forms, norm
 from mhc_jax.streams.config import StreamConfig
 from mhc_jax.streams.constraints import CONSTRAINTS
+from mhc_jax.streams.norm import NORMS
 from mhc_jax.streams.starts import STARTS
 
 
@@ -55,8 +57,8 @@ def init_params(
 
     phi is 0. H_pre reads half of its input from stream `layer_index` mod n and the other half evenly from all: the
     weights sum to 1, so equal streams are read as one, and as they differ the streams get different gradients and part.
-    H_post is 1, and the rows of H_res sum to 1: how near it is to the identity ("none": it is the identity), and the
-    gates alpha, `config.start` says.
+    H_post is 1 (or near the most that `config.post_scale` allows), and the rows of H_res sum to 1: how near it is to
+    the identity ("none": it is the identity), and the gates alpha, `config.start` says.
 
     Args:
         width: features C of one stream.
@@ -69,7 +71,8 @@ def init_params(
     pre, post = 1 / (2 * n) + jnp.where(jnp.arange(n) == layer_index % n, 1 / 2, 0), jnp.ones(n)
     if constraint.bounded:
         # One stream is read with weight sigmoid(16) = 1 - 1e-7: the logit of exactly 1 does not exist.
-        pre, post = jnp.minimum(jax.scipy.special.logit(pre), 16), jnp.zeros(n)
+        shares = pre, post / config.post_scale
+        pre, post = (jnp.minimum(jax.scipy.special.logit(jnp.minimum(share, 1)), 16) for share in shares)
         res = res * start.residual
     bias = jnp.concatenate([pre, post, res]).astype(dtype)
     if not config.dynamic:
@@ -85,14 +88,36 @@ def maps(params: StreamParams, streams: Float[Array, "*tokens n C"], config: Str
     if params.phi is None or params.alpha is None:
         static = _maps_from_logits(params.bias.astype(dtype), config)
         return Maps(*(jnp.broadcast_to(m, lead + m.shape) for m in static))
-    raw, inverse_rms = raw_logits(params.phi, streams, config)
-    return maps_from_normalized(raw * inverse_rms, params.alpha, params.bias, config)
+    return maps_from_normalized(normalized_logits(params.phi, streams, config), params.alpha, params.bias, config)
+
+
+def normalized_logits(phi: Array, streams: Array, config: StreamConfig, implementation: Implementation = None) -> Array:
+    """RMSNorm(vec X) phi, or what `config.norm` has in place of RMSNorm.
+
+    Raises:
+        ValueError: "pallas" for a norm that the kernels have not.
+    """
+    if config.norm == "rms":
+        raw, inverse_rms = raw_logits(phi, streams, config, implementation)
+        return raw * inverse_rms
+    check_norm(config, implementation)
+    wide = streams.astype(jnp.promote_types(streams.dtype, jnp.float32))
+    return forms.projected(NORMS[config.norm](wide, config.norm_epsilon), phi.astype(wide.dtype))
+
+
+def check_norm(config: StreamConfig, implementation: Implementation) -> None:
+    """The kernels norm as the paper; a ValueError where they are asked for, and the norm is another."""
+    if config.norm != "rms":
+        refuse_kernels(implementation, "norm", config.norm, "'rms'")
 
 
 def raw_logits(
     phi: Array, streams: Array, config: StreamConfig, implementation: Implementation = None
 ) -> tuple[Array, Array]:
-    """vec(X) phi, and 1 / rms(vec X): normalizing after the projection spares a normalized copy of the streams."""
+    """vec(X) phi, and 1 / rms(vec X): normalizing after the projection spares a normalized copy of the streams.
+
+    Of the norm "rms" alone, as are the derivatives of `read` and `boundary` that use it.
+    """
     phi = phi.astype(jnp.promote_types(streams.dtype, jnp.float32))
     project = implemented("stream_read", implementation, read_kernels.project, _project_by_xla)
     return project(streams, phi, epsilon=config.norm_epsilon)
@@ -121,8 +146,13 @@ def _maps_from_logits(logits: Array, config: StreamConfig, implementation: Imple
     pre, post, res = jnp.split(logits, [n, 2 * n], axis=-1)
     constraint = CONSTRAINTS[config.constraint]
     if constraint.bounded:
-        pre, post = jax.nn.sigmoid(pre) + config.epsilon, 2 * jax.nn.sigmoid(post)
+        pre, post = read_weights(pre, config), config.post_scale * jax.nn.sigmoid(post) + config.post_epsilon
     return Maps(pre, post, constraint.residual(res, config, implementation))
+
+
+def read_weights(logits: Float[Array, "*tokens n"], config: StreamConfig) -> Float[Array, "*tokens n"]:
+    """H_pre of its logits, where maps are bounded, and the weights of a head."""
+    return jax.nn.sigmoid(logits) + config.read_epsilon
 
 
 def init_head_params(config: StreamConfig, width: int, dtype: Any = jnp.float32) -> HeadParams:

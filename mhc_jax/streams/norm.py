@@ -6,6 +6,7 @@ changes no digit. One of the three sums is sound. For the dtype float32, where e
     sum (2^-72 x)^2 for sum x^2 above 2^120,      sum (2^72 x)^2 for sum x^2 below 2^-76.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -67,6 +68,50 @@ def _inverse_rms_jvp(epsilon: float, primals: tuple[Array], tangents: tuple[Arra
     inverse = inverse_rms(x, epsilon)
     # In this order every product stays in range: x * inverse is about 1.
     return inverse, -inverse * jnp.mean((x * inverse) * (dx * inverse), axis=-1, keepdims=True)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _normed(x: Float[Array, "*batch size"], epsilon: float) -> Float[Array, "*batch size"]:
+    """``x / sqrt(mean(x^2) + epsilon)`` over the last axis."""
+    return x * inverse_rms(x, epsilon)
+
+
+@_normed.defjvp
+def _normed_jvp(epsilon: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    inverse = inverse_rms(x, epsilon)
+    # In this order every product stays in range: nothing is multiplied by a stream that is not normed.
+    normed, along = x * inverse, dx * inverse
+    return normed, along - normed * jnp.mean(normed * along, axis=-1, keepdims=True)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _normed_outside(x: Float[Array, "*batch size"], epsilon: float) -> Float[Array, "*batch size"]:
+    """``x / (sqrt(mean(x^2)) + epsilon)`` over the last axis; the derivative of the root at 0 is taken to be 0."""
+    return x / (1 / inverse_rms(x, 0.0) + epsilon)
+
+
+@_normed_outside.defjvp
+def _normed_outside_jvp(epsilon: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    rms = 1 / inverse_rms(x, 0.0)
+    unit, normed, along = x / jnp.where(rms == 0, 1, rms), x / (rms + epsilon), dx / (rms + epsilon)
+    return normed, along - normed * jnp.mean(unit * along, axis=-1, keepdims=True)
+
+
+def _together(normed: Callable[[Array, float], Array]) -> Callable[[Array, float], Array]:
+    return lambda streams, epsilon: normed(streams.reshape(*streams.shape[:-2], -1), epsilon).reshape(streams.shape)
+
+
+NORMS: dict[str, Callable[[Array, float], Array]] = {
+    # RMSNorm of vec X: equation 5 of arXiv 2512.24880.
+    "rms": _together(_normed),
+    # As Megatron-LM.
+    "rms_outside": _together(_normed_outside),
+    # As lucidrains' hyper-connections, and HC (arXiv 2409.19606).
+    "streams": _normed,
+}
+"""(streams (..., n, C), epsilon) -> normed streams, as they are projected, each way under its name."""
 
 
 def _power(dtype: Any, exponent: int) -> float:

@@ -1,9 +1,10 @@
 """HyperConnections: n residual streams around a branch, as `mhc_torch.streams` defines them."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -24,6 +25,10 @@ from mhc_torch.streams import (
     write,
 )
 from mhc_torch.streams.config import DEFAULTS
+from mhc_torch.streams.connect import check_single_pass
+from mhc_torch.streams.constraints import CONSTRAINTS
+from mhc_torch.streams.conventions import Parameters, check_assigned, convention_named
+from mhc_torch.streams.maps import read_weights
 from mhc_torch.streams.starts import STARTS
 
 
@@ -74,6 +79,27 @@ class ConnectionMaps(nn.Module):
             if which(parameter := self.get_parameter(name)):
                 parameter.copy_(torch.as_tensor(value))
 
+    def load_from(self, convention: str, tensors: Mapping[str, Any]) -> None:
+        """Take the parameters of a public model's branch, by the names that they have there.
+
+        Args:
+            convention: a name in `mhc_torch.streams.CONVENTIONS`, whose options `config` has.
+            tensors: tensors, or what `np.asarray` makes arrays of.
+
+        Raises:
+            ValueError: there is no such convention, or `config` is of another; a tensor is missing, not expected, or
+                has the shape of another number of streams or width. Nothing has changed then.
+        """
+        _assign(self, convention_named(convention).load(_arrays(tensors), self.config))
+
+    def store_as(self, convention: str) -> dict[str, np.ndarray]:
+        """The parameters as a public model has them, by the names that they have there.
+
+        Raises:
+            ValueError: there is no such convention, `config` is of another, or it cannot hold the parameters.
+        """
+        return convention_named(convention).store(_own(self), self.config)
+
     def token_maps(self, streams: Float[Tensor, "*tokens n C"]) -> Maps:
         """H_pre, H_post and H_res of every token."""
         return maps(self.phi, self.alpha, self.bias, streams, self.config)
@@ -82,8 +108,34 @@ class ConnectionMaps(nn.Module):
         self, branch: Callable[..., Tensor], streams: Float[Tensor, "*tokens n C"], *args: Any, **kwargs: Any
     ) -> Float[Tensor, "*tokens n C"]:
         """H_res X + H_post^T branch(H_pre X) of the streams X. Further arguments reach the branch."""
+        check_single_pass(self.config, False)
         pre, post, res = self.token_maps(streams)
-        return write(streams, branch(collapse(pre, streams), *args, **kwargs), post, res)
+        mixing = res if CONSTRAINTS[self.config.constraint].mixes else None
+        return write(streams, branch(collapse(pre, streams), *args, **kwargs), post, mixing)
+
+    def single_pass(
+        self,
+        branch: Callable[..., Tensor],
+        streams: Float[Tensor, "*tokens n C"],
+        pre: Float[Tensor, "*tokens n"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Float[Tensor, "*tokens n C"], Float[Tensor, "*tokens n"]]:
+        """As `around`, where `config.single_pass`: the branch reads by `pre`, the H_pre of the branch before.
+
+        Returns:
+            The streams, and H_pre for the branch after. `streams.first_read` is that of the first, `streams.collapse`
+            by that of the last ends the network.
+
+        Raises:
+            ValueError: `config.single_pass` is not set.
+
+        Source: DeepSeek-V4.1, as Megatron-LM has it under `mhc_single_pass`.
+        """
+        check_single_pass(self.config, True)
+        following, post, res = self.token_maps(streams)
+        mixing = res if CONSTRAINTS[self.config.constraint].mixes else None
+        return write(streams, branch(collapse(pre, streams), *args, **kwargs), post, mixing), following
 
     def resting_maps(self) -> Maps:
         """The maps of the bias alone, around which those of the tokens lie: (n,), (n,) and (n, n)."""
@@ -183,12 +235,44 @@ class StreamHead(nn.Module):
         self.alpha = nn.Parameter(torch.full((1,), 0.01))
         self.bias = nn.Parameter(torch.full((n,), 16.0 if n == 1 else -math.log(n - 1)))
 
+    def load_from(self, convention: str, tensors: Mapping[str, Any]) -> None:
+        """Take the parameters of a public model's head; as `HyperConnections.load_from`."""
+        _assign(self, convention_named(convention).load(_arrays(tensors), self.config, head=True))
+
+    def store_as(self, convention: str) -> dict[str, np.ndarray]:
+        """The parameters as a public model's head has them; as `HyperConnections.store_as`."""
+        return convention_named(convention).store(_own(self), self.config, head=True)
+
     def forward(self, streams: Float[Tensor, "*tokens n C"]) -> Float[Tensor, "*tokens C"]:
         check_streams(self.phi, streams, self.config, self.config.streams)
         with full_precision(streams):
-            dynamic = normalized_logits(streams, self.phi, self.config.norm_epsilon)
-            pre = torch.sigmoid(self.alpha * dynamic + self.bias) + self.config.epsilon
+            dynamic = normalized_logits(streams, self.phi, self.config)
+            pre = read_weights(self.alpha * dynamic + self.bias, self.config)
         return collapse(pre, streams)
+
+
+def _arrays(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _array(value) if isinstance(value, Tensor) else value for name, value in tensors.items()}
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    # numpy has no bfloat16; float32 holds every one of them.
+    return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+
+def _own(module: ConnectionMaps | StreamHead) -> Parameters:
+    """What a convention stores; maps that are static have no convention, and are refused there."""
+    leaves = module.phi, module.alpha, module.bias
+    arrays: Any = (None if leaf is None else _array(whole(leaf)) for leaf in leaves)
+    return Parameters(*arrays)
+
+
+@torch.no_grad()
+def _assign(module: ConnectionMaps | StreamHead, parameters: Parameters) -> None:
+    check_assigned(_own(module), parameters)
+    for name, values in parameters._asdict().items():
+        module.get_parameter(name).copy_(torch.from_numpy(np.ascontiguousarray(values)))
 
 
 class StreamStack(nn.Module):

@@ -16,18 +16,20 @@ streams to every layer, and the method is off.
 
 from mhc_torch.sinkhorn import sinkhorn
 from mhc_torch.streams.config import MAX_STREAMS, StreamConfig
-from mhc_torch.streams.connect import collapse, expand, reduce, write
-from mhc_torch.streams.conventions import from_deepseek_v4
+from mhc_torch.streams.connect import collapse, expand, first_read, reduce, write
+from mhc_torch.streams.conventions import CONVENTIONS, Convention
 from mhc_torch.streams.maps import Maps, check_streams, initial_bias, maps, normalized_logits
 
 __all__ = [
+    "CONVENTIONS",
     "MAX_STREAMS",
+    "Convention",
     "Maps",
     "StreamConfig",
     "check_streams",
     "collapse",
     "expand",
-    "from_deepseek_v4",
+    "first_read",
     "initial_bias",
     "maps",
     "normalized_logits",

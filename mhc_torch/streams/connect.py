@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mhc_torch.following import followed, full_precision
 from mhc_torch.history.mixing import autocasts
+from mhc_torch.streams.config import StreamConfig
 
 
 class _Collapse(torch.autograd.Function):
@@ -26,21 +27,26 @@ class _Collapse(torch.autograd.Function):
 
 
 class _Write(torch.autograd.Function):
-    """streams (T, n, C), output (T, C), post (T, n), res (T, n, n) -> streams (T, n, C)."""
+    """streams (T, n, C), output (T, C), post (T, n), res (T, n, n) or None -> streams (T, n, C)."""
 
     @staticmethod
-    def forward(ctx: Any, streams: Tensor, output: Tensor, post: Tensor, res: Tensor) -> Tensor:
+    def forward(ctx: Any, streams: Tensor, output: Tensor, post: Tensor, res: Tensor | None) -> Tensor:
+        mixed = post[..., None] * output.to(post.dtype)[:, None]
+        if res is None:
+            ctx.save_for_backward(None, output, post, None)
+            return mixed.add_(streams).to(streams.dtype)
         ctx.save_for_backward(streams, output, post, res)
-        mixed = post[..., None] * output.to(res.dtype)[:, None]
         return _add_product(mixed, res, streams.to(res.dtype)).to(streams.dtype)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         streams, output, post, res = ctx.saved_tensors
-        d = cotangent.to(res.dtype).contiguous()
-        d_streams = _add_product(torch.zeros_like(d), res.mT, d).to(streams.dtype)
+        d = cotangent.to(post.dtype).contiguous()
         d_output = torch.bmm(post[:, None], d)[:, 0].to(output.dtype)
-        d_post = torch.bmm(output.to(res.dtype)[:, None], d.mT)[:, 0]
+        d_post = torch.bmm(output.to(post.dtype)[:, None], d.mT)[:, 0]
+        if res is None:
+            return cotangent, d_output, d_post, None
+        d_streams = _add_product(torch.zeros_like(d), res.mT, d).to(streams.dtype)
         return d_streams, d_output, d_post, torch.bmm(d, streams.to(res.dtype).mT)
 
 
@@ -67,9 +73,12 @@ def write(
     streams: Float[Tensor, "*tokens n C"],
     output: Float[Tensor, "*tokens C"],
     post: Float[Tensor, "*tokens n"],
-    res: Float[Tensor, "*tokens n n"],
+    res: Float[Tensor, "*tokens n n"] | None,
 ) -> Float[Tensor, "*tokens n C"]:
     """H_res X + H_post^T y: the streams after a branch whose output is y.
+
+    Args:
+        res: H_res; None is the identity, which costs nothing.
 
     Raises:
         ValueError: if the output has not the shape of one stream.
@@ -89,12 +98,28 @@ def write(
     n, width = streams.shape[-2:]
     with full_precision(streams):
         if followed(streams):
-            mixed = res @ streams.to(res.dtype) + post[..., None] * output.to(res.dtype)[..., None, :]
+            old = streams.to(post.dtype)
+            mixed = (old if res is None else res @ old) + post[..., None] * output.to(post.dtype)[..., None, :]
             return mixed.to(streams.dtype)
+        mixing = None if res is None else res.reshape(-1, n, n)
         result: Tensor = _Write.apply(
-            streams.reshape(-1, n, width), output.reshape(-1, width), post.reshape(-1, n), res.reshape(-1, n, n)
+            streams.reshape(-1, n, width), output.reshape(-1, width), post.reshape(-1, n), mixing
         )
     return result.reshape(streams.shape)
+
+
+def check_single_pass(config: StreamConfig, asked: bool) -> None:
+    """A ValueError where a branch is to read by the H_pre of another branch than `config` says."""
+    if config.single_pass != asked:
+        other = "`single_pass`, which carries H_pre" if config.single_pass else "`around` or a call"
+        raise ValueError(f"config.single_pass must be {asked} here, got {config.single_pass}: use {other}")
+
+
+def first_read(streams: Float[Tensor, "*tokens n C"]) -> Float[Tensor, "*tokens n"]:
+    """The H_pre by which the first branch of a single pass reads: the first stream, and no other."""
+    first = torch.zeros(streams.shape[-2], dtype=torch.promote_types(streams.dtype, torch.float32))
+    first[0] = 1
+    return first.to(streams.device).expand(*streams.shape[:-1])
 
 
 def expand(x: Float[Tensor, "*tokens C"], streams: int) -> Float[Tensor, "*tokens n C"]:

@@ -28,12 +28,16 @@ class Constraint:
         identity: n -> logits (m,) with which H_res is the identity, or as near to it as the set allows.
         bounded: whether H_pre is a sigmoid and H_post twice a sigmoid. If not, all three maps are
             `alpha * tanh(.) + bias` (HC, arXiv 2409.19606).
+        mixes: whether H_res is anything but the identity. If not, `write` takes None for it, and mixes nothing.
+        transposed: n -> the order of the logits with which H_res is the transpose of what it was.
     """
 
     logits: Callable[[int], int]
     residual: "Callable[[Tensor, StreamConfig], Tensor]"
     identity: Callable[[int], Tensor]
     bounded: bool = True
+    mixes: bool = True
+    transposed: Callable[[int], list[int]] = lambda n: [j * n + i for i in range(n) for j in range(n)]
 
 
 def _square(logits: Float[Tensor, "*tokens m"], n: int) -> Float[Tensor, "*tokens n n"]:
@@ -41,7 +45,10 @@ def _square(logits: Float[Tensor, "*tokens m"], n: int) -> Float[Tensor, "*token
 
 
 def _sinkhorn(logits: Tensor, config: "StreamConfig") -> Tensor:
-    return sinkhorn(_square(logits, config.streams), config.iterations, config.epsilon)
+    logits = _square(logits, config.streams)
+    if config.order == "rows":
+        return sinkhorn(logits.mT, config.iterations, config.epsilon).mT
+    return sinkhorn(logits, config.iterations, config.epsilon)
 
 
 def _mixtures(factors: Callable[[int], tuple[int, ...]]) -> Constraint:
@@ -69,7 +76,15 @@ def _mixtures(factors: Callable[[int], tuple[int, ...]]) -> Constraint:
         parts = [torch.tensor([0.0] + [-8.0] * (math.factorial(factor) - 1)) for factor in factors(n)]
         return torch.cat([torch.zeros(0), *parts])
 
-    return Constraint(logits, residual, identity)
+    def transposed(n: int) -> list[int]:
+        # The transpose of a permutation matrix is that of the inverse permutation.
+        order: list[int] = []
+        for factor in factors(n):
+            all_of_them = list(permutations(range(factor)))
+            order += [len(order) + all_of_them.index(tuple(map(one.index, range(factor)))) for one in all_of_them]
+        return order
+
+    return Constraint(logits, residual, identity, transposed=transposed)
 
 
 def _permutation_matrices(n: int) -> Tensor:
@@ -89,6 +104,14 @@ CONSTRAINTS: dict[str, Constraint] = {
     "permutations": _mixtures(lambda n: (n,)),
     # A Kronecker product of such mixtures, one for each prime factor of n: KromHC, arXiv 2601.21579.
     "kronecker": _mixtures(_prime_factors),
+    # The identity itself, as Hy4 has it.
+    "identity": Constraint(
+        lambda n: 0,
+        lambda logits, config: torch.eye(config.streams).to(logits).expand(*logits.shape[:-1], -1, -1),
+        lambda n: torch.zeros(0),
+        mixes=False,
+        transposed=lambda n: [],
+    ),
     # Any matrix: HC, arXiv 2409.19606.
     "none": Constraint(
         lambda n: n * n,

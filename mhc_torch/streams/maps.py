@@ -2,7 +2,8 @@
 
     logits = alpha * (RMSNorm(vec X) phi) + bias,    H_pre = sigmoid,  H_post = 2 sigmoid,  H_res = a constraint's
 
-Maps are float32 whatever the dtype of the streams (float64 for float64 streams), also under autocast.
+What public models do otherwise, `StreamConfig` says. Maps are float32 whatever the dtype of the streams (float64 for
+float64 streams), also under autocast.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from mhc_torch.following import followed, full_precision
 from mhc_torch.history.mixing import check_arithmetic
 from mhc_torch.streams.config import StreamConfig
 from mhc_torch.streams.constraints import CONSTRAINTS
-from mhc_torch.streams.norm import normalizer, scale_of, scaled
+from mhc_torch.streams.norm import NORMS, normalizer
 from mhc_torch.streams.starts import STARTS
 
 
@@ -30,8 +31,8 @@ def initial_bias(config: StreamConfig, layer_index: int = 0) -> Float[Tensor, " 
 
     H_pre reads half of its input from stream `layer_index` mod n and the other half evenly from all: the weights sum
     to 1, so equal streams are read as one, and as they differ the streams get different gradients and part. H_post
-    is 1, and the rows of H_res sum to 1: how near it is to the identity, `config.start` says ("none": it is the
-    identity). In float64.
+    is 1 (or near the most that `config.post_scale` allows), and the rows of H_res sum to 1: how near it is to the
+    identity, `config.start` says ("none": it is the identity). In float64.
     """
     n = config.streams
     # In float64, so that the weights of a float64 model sum to 1 as exactly as it computes.
@@ -42,7 +43,8 @@ def initial_bias(config: StreamConfig, layer_index: int = 0) -> Float[Tensor, " 
     res = constraint.identity(n)
     if constraint.bounded:
         # One stream is read with weight sigmoid(16) = 1 - 1e-7: the logit of exactly 1 does not exist.
-        pre, post = torch.logit(pre).clamp(max=16), torch.zeros_like(pre)
+        shares = pre, post / config.post_scale
+        pre, post = (torch.logit(share.clamp(max=1)).clamp(max=16) for share in shares)
         res = res * STARTS[config.start].residual
     return torch.cat([pre, post, res])
 
@@ -69,7 +71,7 @@ def maps(
             pre, post, res = _maps_from_logits(bias.to(dtype), config)
             lead = streams.shape[:-2]
             return Maps(pre.expand(*lead, -1), post.expand(*lead, -1), res.expand(*lead, -1, -1))
-        dynamic = normalized_logits(streams, phi, config.norm_epsilon)
+        dynamic = normalized_logits(streams, phi, config)
         if not CONSTRAINTS[config.constraint].bounded:
             dynamic = torch.tanh(dynamic)
         n = config.streams
@@ -82,22 +84,25 @@ def _maps_from_logits(logits: Tensor, config: StreamConfig) -> Maps:
     pre, post, res = logits.split([n, n, config.residual_logits], dim=-1)
     constraint = CONSTRAINTS[config.constraint]
     if constraint.bounded:
-        pre, post = torch.sigmoid(pre) + config.epsilon, 2 * torch.sigmoid(post)
+        pre, post = read_weights(pre, config), config.post_scale * torch.sigmoid(post) + config.post_epsilon
     return Maps(pre, post, constraint.residual(res, config))
 
 
+def read_weights(logits: Float[Tensor, "*tokens n"], config: StreamConfig) -> Float[Tensor, "*tokens n"]:
+    """H_pre of its logits, where maps are bounded, and the weights of a head."""
+    return torch.sigmoid(logits) + config.read_epsilon
+
+
 def normalized_logits(
-    streams: Float[Tensor, "*tokens n C"], phi: Float[Tensor, "nC m"], norm_epsilon: float
+    streams: Float[Tensor, "*tokens n C"], phi: Float[Tensor, "nC m"], config: StreamConfig
 ) -> Float[Tensor, "*tokens m"]:
-    """RMSNorm(vec X) phi, in float32 (float64 for float64 streams)."""
+    """RMSNorm(vec X) phi, or what `config.norm` has in place of RMSNorm; in float32 (float64 for float64 streams)."""
     x = streams.flatten(-2)
-    if followed(x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = scale_of(torch.linalg.vector_norm(wide.detach(), dim=-1, keepdim=True))
-        wide, epsilon = scaled(wide, norm_epsilon, scale)
-        inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-        return wide @ phi.to(wide.dtype) * inverse_rms
-    result: Tensor = _Project.apply(x.reshape(-1, x.shape[-1]), phi, norm_epsilon)
+    if config.norm != "rms" or followed(x):
+        wide = streams.to(torch.promote_types(x.dtype, torch.float32))
+        normed = NORMS[config.norm](wide, config.norm_epsilon).flatten(-2)
+        return normed @ phi.to(normed.dtype)
+    result: Tensor = _Project.apply(x.reshape(-1, x.shape[-1]), phi, config.norm_epsilon)
     return result.reshape(*x.shape[:-1], phi.shape[-1])
 
 

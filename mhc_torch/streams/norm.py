@@ -1,6 +1,7 @@
 """1 / rms(x) over the whole range of the dtype, though squares leave it : 1e20 squared is infinite in float32."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -38,6 +39,34 @@ def scale_of(norm: Tensor) -> Tensor:
 
 def _exponent(dtype: torch.dtype) -> int:
     return round(math.log2(torch.finfo(dtype).max))
+
+
+def _normed(x: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) over the last axis, by operations that torch can differentiate."""
+    wide, epsilon_of = scaled(x, epsilon, scale_of(torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)))
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon_of)
+
+
+def _normed_outside(x: Tensor, epsilon: float) -> Tensor:
+    """x / (sqrt(mean(x^2)) + epsilon) over the last axis; the derivative of the root at 0 is taken to be 0."""
+    scale = scale_of(torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True))
+    wide = x * scale
+    return wide / (torch.linalg.vector_norm(wide, dim=-1, keepdim=True) / math.sqrt(x.shape[-1]) + epsilon * scale)
+
+
+def _together(normed: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float], Tensor]:
+    return lambda streams, epsilon: normed(streams.flatten(-2), epsilon).reshape(streams.shape)
+
+
+NORMS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    # RMSNorm of vec X: equation 5 of arXiv 2512.24880.
+    "rms": _together(_normed),
+    # As Megatron-LM.
+    "rms_outside": _together(_normed_outside),
+    # As lucidrains' hyper-connections, and HC (arXiv 2409.19606).
+    "streams": _normed,
+}
+"""(streams (..., n, C), epsilon) -> normed streams, as they are projected, each way under its name."""
 
 
 def scaled(x: Tensor, epsilon: float, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ CASES = [
     (StreamConfig(3, "permutations", epsilon=1e-3), None, jnp.float64),
     (StreamConfig(2, iterations=2, norm_epsilon=0.0), None, jnp.float32),
     (StreamConfig(2, "none"), "pallas", jnp.float32),
+    (StreamConfig(2, order="rows", iterations=2, norm="rms_outside", norm_epsilon=0.0), None, jnp.float32),
+    (StreamConfig(2, "identity", norm="streams", norm_epsilon=0.0), None, jnp.float32),
 ]
 
 
@@ -62,7 +64,7 @@ def trial(seed: int) -> None:
         given = jax.tree.map(jnp.asarray, ((params, x), weights.astype(dtype), direction))
         gradient, out, second = jax.tree.map(partial(np.asarray, dtype=np.float64), derivatives(case)(*given))
     params, x, direction = jax.tree.map(np.float64, (params, x, direction))
-    options = {name: getattr(config, name) for name in ("constraint", "iterations", "epsilon", "norm_epsilon")}
+    options = reference.options(config)
 
     def value(step):
         there = jax.tree.map(lambda a, d: a + step * d, (params, x), direction)

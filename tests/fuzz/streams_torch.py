@@ -31,11 +31,15 @@ def trial(seed: int) -> None:
     dtype = list(ERRORS)[rng.choice(4, p=[0.5, 0.3, 0.1, 0.1])]
     config = StreamConfig(
         streams=int(rng.integers(1, 5)),
-        constraint=str(rng.choice(["sinkhorn", "sinkhorn", "permutations", "kronecker", "none"])),  # type: ignore[arg-type]
+        constraint=str(rng.choice(["sinkhorn", "sinkhorn", "permutations", "kronecker", "identity", "none"])),  # type: ignore[arg-type]
         iterations=int(rng.integers(1, 12)),
         dynamic=bool(rng.random() < 0.85),
         epsilon=float(rng.choice([0.0, 0.0, 1e-3])),
         norm_epsilon=float(rng.choice([1e-6, 1e-6, 0.1])),
+        pre_epsilon=None if rng.random() < 0.7 else 0.05,
+        post_scale=float(rng.choice([2.0, 2.0, 0.7])),
+        order=str(rng.choice(["columns", "columns", "rows"])),
+        norm=str(rng.choice(["rms", "rms", "rms_outside", "streams"])),
     )
     width = int(rng.integers(1, 6))
     # Coefficients are numbers that float32 has, whatever the streams are.
@@ -55,7 +59,7 @@ def trial(seed: int) -> None:
     names = ("phi", "alpha", "bias", "branch.factors")
     leaves = {"x": x, **{name: p.detach() for name, p in layer.named_parameters() if name in names}}
     values = {name: leaf.double().numpy() for name, leaf in leaves.items()}
-    options = {name: getattr(config, name) for name in ("constraint", "iterations", "epsilon", "norm_epsilon")}
+    options = reference.options(config)
 
     def expected(values: dict[str, np.ndarray]) -> np.ndarray:
         flat = values["x"].reshape(-1, config.streams, width)

@@ -11,10 +11,12 @@ import mhc_jax.history.config
 import mhc_jax.projections
 import mhc_jax.streams
 import mhc_jax.streams.constraints
+import mhc_jax.streams.norm
 import mhc_torch.history.config
 import mhc_torch.projections
 import mhc_torch.streams
 import mhc_torch.streams.constraints
+import mhc_torch.streams.norm
 
 MATRIX = (mhc_jax.history.config.MatrixConfig, mhc_torch.history.config.MatrixConfig)
 HISTORY = (mhc_jax.MHCConfig, mhc_torch.history.config.MHCConfig)
@@ -37,7 +39,7 @@ VALUES += [
     "permutations",
     "kronecker",
 ]
-VALUES += ["none", "global", "Simplex"]
+VALUES += ["none", "global", "Simplex", "columns", "rows", "rms", "rms_outside", "streams"]
 
 
 def outcome(kind, **fields):
@@ -95,11 +97,16 @@ def test_registries():
     assert list(mhc_jax.projections.PROJECTIONS) == list(mhc_torch.projections.PROJECTIONS)
     for name, projection in mhc_jax.projections.PROJECTIONS.items():
         assert projection.options == mhc_torch.projections.PROJECTIONS[name].options
-    assert list(mhc_jax.streams.constraints.CONSTRAINTS) == list(mhc_torch.streams.constraints.CONSTRAINTS)
+    ours, theirs = mhc_jax.streams.constraints.CONSTRAINTS, mhc_torch.streams.constraints.CONSTRAINTS
+    assert list(ours) == list(theirs)
+    for name, constraint in ours.items():
+        assert (constraint.bounded, constraint.mixes) == (theirs[name].bounded, theirs[name].mixes)
+        assert all(constraint.transposed(n) == theirs[name].transposed(n) for n in (1, 2, 3, 4, 6))
+    assert list(mhc_jax.streams.norm.NORMS) == list(mhc_torch.streams.norm.NORMS)
 
 
-@pytest.mark.parametrize("name", ["options.py", "models/config.py", "streams/starts.py"])
+@pytest.mark.parametrize("name", ["options.py", "models/config.py", "streams/starts.py", "streams/conventions.py"])
 def test_one_text(name):
-    """Two copies, since neither package may import the other."""
+    """Two copies, since neither package may import the other; but for the name of the package."""
     ours, theirs = (Path(package.__file__).parent / name for package in (mhc_jax, mhc_torch))
-    assert ours.read_text() == theirs.read_text()
+    assert ours.read_text().replace("mhc_jax", "mhc_torch") == theirs.read_text()

@@ -21,6 +21,8 @@ CONFIGS = [
     StreamConfig(1, iterations=1),
     StreamConfig(2, "permutations"),
     StreamConfig(2, "none"),
+    StreamConfig(2, "identity", pre_epsilon=0.1, post_scale=0.7, post_epsilon=0.1),
+    StreamConfig(2, order="rows", iterations=2),
     StreamConfig(2, dynamic=False),
 ]
 
@@ -53,8 +55,7 @@ def value_and_gradients(config, implementation, params, x, cotangent):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_layer_and_gradients_are_those_of_the_equations(implementation, config):
     params, x, cotangent = example(config, (3,), 5)
-    names = ("constraint", "iterations", "epsilon", "norm_epsilon")
-    equations = partial(reference.layer, branch=branch, **{name: getattr(config, name) for name in names})
+    equations = partial(reference.layer, branch=branch, **reference.options(config))
     with jax.enable_x64(True):
         outcome = value_and_gradients(config, implementation, params, x, cotangent)
     result, gradients = jax.tree.map(np.asarray, outcome)
@@ -148,3 +149,16 @@ def test_an_unknown_implementation_is_refused():
         streams.read(params, x, config, implementation="triton")
     with pytest.raises(ValueError, match=message):
         streams.write(x, x[:, 0], jnp.ones((2, 4)), jnp.ones((2, 4, 4)), implementation="triton")
+
+
+@pytest.mark.parametrize("norm", ["rms_outside", "streams"])
+def test_kernels_refuse_a_norm_that_they_have_not(norm):
+    config = StreamConfig(2, norm=norm)
+    params, (x, post, res) = streams.init_params(config, 3), map(jnp.ones, ((4, 2, 3), (4, 2), (4, 2, 2)))
+    message = f"implementation='pallas' has no kernels for norm='{norm}', only for 'rms'"
+    with pytest.raises(ValueError, match=message):
+        streams.read(params, x, config, implementation="pallas")
+    with pytest.raises(ValueError, match=message):
+        streams.boundary(params, x, x[:, 0], post, res, config, implementation="pallas")
+    with pytest.raises(ValueError, match=message):
+        streams.head(streams.init_head_params(config, 3), x, config, implementation="pallas")

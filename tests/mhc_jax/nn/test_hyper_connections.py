@@ -62,9 +62,10 @@ def test_keywords_change_single_settings_of_a_config():
         HyperConnections(jnp.tanh, 4, stream_count=4)
 
 
-def test_a_stack_is_its_layers_one_after_another():
+@pytest.mark.parametrize("options", [{}, {"constraint": "identity"}, {"norm": "streams"}], ids=str)
+def test_a_stack_is_its_layers_one_after_another(options):
     def make_layer(rngs, index):
-        return HyperConnections(nnx.Linear(6, 6, rngs=rngs), 6, streams=2, layer_index=index)
+        return HyperConnections(nnx.Linear(6, 6, rngs=rngs), 6, streams=2, layer_index=index, **options)
 
     stack = StreamStack(make_layer, depth=3, streams=2, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (5, 6))

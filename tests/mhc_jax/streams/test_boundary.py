@@ -24,8 +24,10 @@ CONFIGS = [
     StreamConfig(2, dynamic=False),
     StreamConfig(16, "kronecker"),
     StreamConfig(16, iterations=2),
+    StreamConfig(3, "identity", pre_epsilon=0.1, post_scale=0.7, post_epsilon=0.1),
+    StreamConfig(3, order="rows", iterations=2, norm="rms_outside", norm_epsilon=0.3),
+    StreamConfig(3, "identity", norm="streams"),
 ]
-NAMES = ("constraint", "iterations", "epsilon", "norm_epsilon")
 
 
 def example(config, lead, width):
@@ -40,7 +42,10 @@ def example(config, lead, width):
     params = StreamParams(phi, alpha, rng.normal(size=config.logits))
     shapes = (*lead, n, width), (*lead, width), (*lead, n), (*lead, n, n)
     x, y, post, res = (rng.normal(size=shape) for shape in shapes)
-    return (params, x, y, post, res), tuple(rng.normal(size=shape) for shape in shapes)
+    *cotangents, d_res = (rng.normal(size=shape) for shape in shapes)
+    if config.constraint == "identity":  # None is H_res as the branch before has it, too
+        res = d_res = None
+    return (params, x, y, post, res), (*cotangents, d_res)
 
 
 def composed(params, x, y, post, res, config):
@@ -60,14 +65,17 @@ def value_and_gradients(function, config, arguments, cotangents):
 
 def equations(params, x, y, post, res, config):
     """Token by token, index by index."""
-    options = {name: getattr(config, name) for name in NAMES}
-    results = [np.empty(a.shape) for a in (x, y, post, res)]
+    options = reference.options(config)
+    if mixes := res is not None:
+        results = [np.empty(a.shape) for a in (x, y, post, res)]
+    else:
+        results, res = [np.empty(a.shape) for a in (x, y, post)], np.tile(np.eye(len(x[0])), (len(x), 1, 1))
     for t in range(len(x)):
         new = np.array(
             [post[t, i] * y[t] + sum(res[t, i, j] * x[t, j] for j in range(len(x[t]))) for i in range(len(x[t]))]
         )
         pre, next_post, next_res = reference.maps(*params, new, **options)
-        for result, value in zip(results, (new, pre @ new, next_post, next_res), strict=True):
+        for result, value in zip(results, (new, pre @ new, next_post, next_res), strict=mixes):
             result[t] = value
     return results
 
@@ -77,7 +85,7 @@ def test_boundary_and_gradients_are_those_of_the_equations(config):
     arguments, cotangents = example(config, (2,), 3)
     with jax.enable_x64(True):
         results, gradients = jax.tree.map(np.asarray, value_and_gradients(fused, config, arguments, cotangents))
-    for result, expected in zip(results, equations(*arguments, config), strict=True):
+    for result, expected in zip(jax.tree.leaves(results), equations(*arguments, config), strict=True):
         np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12)
 
     rng = np.random.default_rng(1)
@@ -85,7 +93,7 @@ def test_boundary_and_gradients_are_those_of_the_equations(config):
 
     def moved(step):
         values = equations(*jax.tree.map(lambda a, b: a + step * b, arguments, directions), config)
-        return sum(np.sum(c * v) for c, v in zip(cotangents, values, strict=True))
+        return sum(np.sum(c * v) for c, v in zip(jax.tree.leaves(cotangents), values, strict=True))
 
     slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: np.sum(g * d), gradients, directions)))
     np.testing.assert_allclose(slope, (moved(1e-5) - moved(-1e-5)) / 2e-5, rtol=1e-6)
@@ -126,6 +134,7 @@ def small_tiles(monkeypatch):
         (StreamConfig(2, "none"), (33,), 130, jnp.float32),
         (StreamConfig(1, iterations=1), (), 20, jnp.float32),
         (StreamConfig(9, "kronecker"), (3,), 20, jnp.bfloat16),
+        (StreamConfig(2, "identity", pre_epsilon=0.1, post_scale=0.7), (9,), 20, jnp.float32),
     ],
     ids=str,
 )
@@ -139,7 +148,7 @@ def test_kernels_compute_the_same(config, lead, width, dtype, small_tiles):
         expected = value_and_gradients(fused, config, *exact)
     error = 1e-2 if dtype == jnp.bfloat16 else 2e-6
     for a, b, like in zip(
-        jax.tree.leaves(outcome), jax.tree.leaves(expected), [*cotangents, *jax.tree.leaves(arguments)], strict=True
+        jax.tree.leaves(outcome), jax.tree.leaves(expected), jax.tree.leaves((cotangents, arguments)), strict=True
     ):
         assert a.dtype == like.dtype
         np.testing.assert_allclose(np.float64(a), b, rtol=0, atol=error * np.abs(b).max())

@@ -11,7 +11,7 @@ from mhc_jax.streams.starts import STARTS
 from tests import streams_reference as reference
 from tests.compiles import counted
 
-CONSTRAINTS = ["sinkhorn", "permutations", "kronecker", "none"]
+CONSTRAINTS = ["sinkhorn", "permutations", "kronecker", "none", "identity"]
 
 
 def example(config, width=5, tokens=3, seed=0):
@@ -26,16 +26,16 @@ def branch(x):
     return np.tanh(1.5 * x) if isinstance(x, np.ndarray) else jnp.tanh(1.5 * x)
 
 
-def options(config):
-    return {name: getattr(config, name) for name in ("constraint", "iterations", "epsilon", "norm_epsilon")}
-
-
 CONFIGS = [
-    *(StreamConfig(n, constraint) for n, constraint in itertools.product([1, 3, 4], CONSTRAINTS)),
+    *(StreamConfig(n, constraint) for n, constraint in itertools.product([1, 3, 4], CONSTRAINTS[:-1])),
     *(StreamConfig(constraint=constraint, dynamic=False) for constraint in CONSTRAINTS),
     StreamConfig(16),
     StreamConfig(12, "kronecker"),
     StreamConfig(iterations=3, epsilon=1e-3, norm_epsilon=0.1),
+    # What public models do otherwise.
+    StreamConfig(3, order="rows", iterations=2, epsilon=1e-3, pre_epsilon=0.05),
+    StreamConfig(3, "permutations", post_scale=0.7, post_epsilon=0.1, norm="rms_outside", norm_epsilon=0.3),
+    StreamConfig(3, "identity", norm="streams", norm_epsilon=0.1),
 ]
 
 
@@ -44,7 +44,9 @@ def test_layer_is_the_equation_of_the_paper(config):
     params, x = example(config)
     with jax.enable_x64(True):
         result = jax.jit(streams.wrap(branch, config))(params, x)
-    np.testing.assert_allclose(result, reference.layer(*params, x, branch, **options(config)), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(
+        result, reference.layer(*params, x, branch, **reference.options(config)), rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -57,7 +59,7 @@ def test_gradients_agree_with_finite_differences(config):
 
     def moved(step):
         moved_params, moved_x = jax.tree.map(lambda a, b: a + step * b, (params, x), directions)
-        return np.sum(weights * reference.layer(*moved_params, moved_x, branch, **options(config)))
+        return np.sum(weights * reference.layer(*moved_params, moved_x, branch, **reference.options(config)))
 
     with jax.enable_x64(True):
         objective = jax.jit(
@@ -248,7 +250,7 @@ def test_maps_of_streams_whose_squares_leave_float32(norm_epsilon, scales, imple
     np.testing.assert_allclose(d.phi, d_exact.phi, rtol=1e-3, atol=1e-5)
     for token, scale in enumerate(scales):
         np.testing.assert_allclose(scale * np.float64(dx[token]), scale * dx_exact[token], rtol=1e-2, atol=1e-4)
-    expected = reference.layer(*params, np.float64(x), lambda h: h, **options(config))
+    expected = reference.layer(*params, np.float64(x), lambda h: h, **reference.options(config))
     result = jax.jit(layer)(single, jnp.asarray(x))
     for token in range(len(scales)):
         np.testing.assert_allclose(result[token], expected[token], rtol=0, atol=1e-5 * np.abs(expected[token]).max())
@@ -303,3 +305,18 @@ def test_a_second_call_outside_jit_compiles_nothing(implementation):
     assert not compiled
     shared = 3 * shared  # which the same function object closes over
     np.testing.assert_allclose(streams.scan_layers(layer, params, x), 16 * x, rtol=1e-2)
+
+
+@pytest.mark.parametrize("norm", ["rms_outside", "streams"])
+@pytest.mark.parametrize("size", [1e25, 1e-25])
+def test_other_norms_have_derivatives_over_the_range_of_the_dtype(norm, size):
+    config = StreamConfig(3, "identity", norm=norm, norm_epsilon=0.0)
+    params, x = example(config)
+
+    def gradient(dtype):
+        given = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (params, size * x))
+        return jax.grad(lambda params, x: jnp.sum(streams.wrap(lambda h: h, config)(params, x)), 1)(*given)
+
+    with jax.enable_x64(True):
+        exact = gradient(jnp.float64)
+    np.testing.assert_allclose(gradient(jnp.float32), exact, rtol=0, atol=1e-5 * np.abs(exact).max())

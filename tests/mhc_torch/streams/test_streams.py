@@ -12,13 +12,17 @@ from mhc_torch.streams import StreamConfig
 from mhc_torch.streams.starts import STARTS
 from tests import streams_reference as reference
 
-CONSTRAINTS = ["sinkhorn", "permutations", "kronecker", "none"]
+CONSTRAINTS = ["sinkhorn", "permutations", "kronecker", "none", "identity"]
 CONFIGS = [
-    *(StreamConfig(n, constraint) for n, constraint in itertools.product([1, 3, 4], CONSTRAINTS)),
+    *(StreamConfig(n, constraint) for n, constraint in itertools.product([1, 3, 4], CONSTRAINTS[:-1])),
     *(StreamConfig(constraint=constraint, dynamic=False) for constraint in CONSTRAINTS),
     StreamConfig(16),
     StreamConfig(12, "kronecker"),
     StreamConfig(iterations=3, epsilon=1e-3, norm_epsilon=0.1),
+    # What public models do otherwise.
+    StreamConfig(3, order="rows", iterations=2, epsilon=1e-3, pre_epsilon=0.05),
+    StreamConfig(3, "permutations", post_scale=0.7, post_epsilon=0.1, norm="rms_outside", norm_epsilon=0.3),
+    StreamConfig(3, "identity", norm="streams", norm_epsilon=0.1),
 ]
 
 
@@ -42,10 +46,7 @@ def test_layer_is_the_equation_of_the_paper(config):
     layer = random_layer(config)
     x = torch.randn(3, config.streams, 5, dtype=torch.float64)
     parameters = (None if p is None else p.detach().numpy() for p in (layer.phi, layer.alpha, layer.bias))
-    names = ("constraint", "iterations", "epsilon", "norm_epsilon")
-    expected = reference.layer(
-        *parameters, x.numpy(), lambda h: np.tanh(1.5 * h), **{name: getattr(config, name) for name in names}
-    )
+    expected = reference.layer(*parameters, x.numpy(), lambda h: np.tanh(1.5 * h), **reference.options(config))
     np.testing.assert_allclose(layer(x).detach(), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -251,7 +252,7 @@ def test_streams_whose_squares_leave_float32(dtype, scale, transform):
         torch.testing.assert_close(ours.double() * scale, theirs * scale, rtol=error, atol=error)
 
 
-@pytest.mark.parametrize("config", CONFIGS[:12], ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS[:12], *CONFIGS[-3:]], ids=str)
 def test_transforms_of_torch_func(config):
     layer = random_layer(config, width=3)
     x, tangent = torch.randn(2, 4, config.streams, 3, dtype=torch.float64).unbind()
