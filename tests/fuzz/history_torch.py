@@ -34,6 +34,7 @@ class Branch(nn.Module):
 
 def trial(seed: int) -> None:
     rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
     dtype = list(ERRORS)[rng.choice(4, p=[0.4, 0.2, 0.3, 0.1])]
     compiled = native.nodes if rng.random() < 0.5 else lambda: None
     with mock.patch.object(native, "nodes", compiled):
@@ -165,8 +166,9 @@ def _derivatives(
 
         change = weights * (moved(STEP) - moved(-STEP)) / (2 * STEP)
         along = gradient.double().numpy() * direction
-        # 1 - tanh^2 is as exact as the 1, and is multiplied with the states.
-        states = max(1.0, np.abs(values["x"]).max(initial=0)) if name.endswith(".weight") else 1.0
+        # 1 - tanh^2 is as exact as the 1, and a state as exact as its size; what they are multiplied with are states.
+        of_states = name.endswith((".weight", ".mixing_logits", ".gate_logit"))
+        states = max(1.0, np.abs(values["x"]).max(initial=0)) if of_states else 1.0
         allowed = (4 * error + 1e-5) * (np.abs(change).sum() + np.abs(along).sum() + states * np.abs(weights).sum())
         if abs(along.sum() - change.sum()) > allowed:
             slopes = [np.sum(weights * (moved(step) - moved(0))) / step for step in (BEND, -BEND)]

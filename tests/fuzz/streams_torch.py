@@ -28,6 +28,7 @@ class Branch(nn.Module):
 
 def trial(seed: int) -> None:
     rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
     dtype = list(ERRORS)[rng.choice(4, p=[0.5, 0.3, 0.1, 0.1])]
     config = StreamConfig(
         streams=int(rng.integers(1, 5)),
