@@ -1,5 +1,7 @@
 # Every target sets itself up from nothing: it needs Python 3.11 (or 3.12) and make.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The lab takes 3.12 where there is one, which MaxText's kernels need.
+LAB_PYTHON ?= $(shell python3.12 -c "" 2>/dev/null && echo python3.12 || echo $(PYTHON))
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -62,7 +64,7 @@ docs: .venv/ready
 # Compilers of machines that are not here, apart from all else: they pin jax, and fill three gigabytes.
 .accelerators/ready: benchmarks/accelerators/requirements.lock
 	@echo "Setting up .accelerators, once: about a minute and 3 GB ..."
-	$(PYTHON) -m venv --clear .accelerators
+	$(LAB_PYTHON) -m venv --clear .accelerators
 	.accelerators/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
 	@touch $@
 

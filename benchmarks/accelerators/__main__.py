@@ -83,13 +83,19 @@ def main() -> None:
     ]
     if not chosen:
         parser.error(f"--case: no name holds any of {arguments.case}; they are:\n  " + "\n  ".join(CASES))
-    jobs = [Job(case, way, target) for case in chosen for way in CASES[case].implementations for target in targets]
+    jobs = [
+        Job(case, way, target)
+        for case in chosen
+        for way in CASES[case].implementations
+        for target in targets
+        if CASES[case].only.get(way, TARGETS[target].platform) == TARGETS[target].platform
+    ]
     jobs += [
         Job(case, name, target)
         for case in chosen
-        for name, peer in CASES[case].peers.items()
+        for name in CASES[case].peers
         for target in targets
-        if TARGETS[target].platform == peer.platform
+        if TARGETS[target].platform == "cuda"
     ]
     count = 0
 

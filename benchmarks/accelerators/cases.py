@@ -3,23 +3,25 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from benchmarks.accelerators.peers import Peer, liger_write, maxtext
+from benchmarks.accelerators import maxtext
+from benchmarks.accelerators.peers import Peer, peers
 from mhc_jax import streams
 from mhc_jax.models import Decoder, DecoderConfig
 from mhc_jax.nn import MHCStack
 
 DEPTH = 16
 STREAM_TOKENS, STREAM_DEPTH = 4096, 4
-# The implementation that is kernels: their schedules are read, which takes the compiler long.
-KERNELS: Literal["pallas"] = "pallas"
-WAYS: tuple[streams.Implementation, ...] = ("xla", KERNELS)
+WAYS: tuple[streams.Implementation, ...] = ("xla", "pallas")
+MAXTEXT = "maxtext"
+# The implementations that are kernels: their schedules are read, which takes the compiler long.
+KERNELS = ("pallas", MAXTEXT)
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,15 @@ class Case:
         over: what the bytes are set against: another of the implementations, or None for the least possible.
         least: the least bytes that the work can move, of the program; None for all arguments and results once.
         quick: whether `--quick` has it.
-        peers: kernels of others that do the same.
+        only: of an implementation that is for one platform, which.
+        peers: kernels of others in Triton that do the same.
     """
 
     implementations: Mapping[str, Callable[[float], Program]]
     over: str | None = None
     least: int | None = None
     quick: bool = False
+    only: Mapping[str, str] = field(default_factory=dict)
     peers: Mapping[str, Peer] = field(default_factory=dict)
 
 
@@ -158,6 +162,28 @@ def boundaries(n: int, width: int, implementation: streams.Implementation, scale
     return Program(derivatives, (params, _tokens(width), _tokens(width)))
 
 
+def maxtext_read(n: int, width: int, scale: float, *, backward: bool) -> Program:
+    """MaxText's read; the streams that it hands through are no result."""
+    return _forward_or_backward(maxtext.read, (maxtext.parameters(n, width), _tokens(n, width)), backward)
+
+
+def maxtext_write(n: int, width: int, scale: float, *, backward: bool) -> Program:
+    """MaxText's write."""
+    maps = _tokens(n, dtype=jnp.float32), _tokens(n, n, dtype=jnp.float32)
+    return _forward_or_backward(maxtext.write, (_tokens(n, width), _tokens(width), *maps), backward)
+
+
+def maxtext_layers(n: int, width: int, scale: float) -> Program:
+    """What `layers` is of ours."""
+    one = maxtext.parameters(n, width)
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((STREAM_DEPTH, *leaf.shape), leaf.dtype), one)
+
+    def derivatives(params: Any, x: jax.Array, cotangent: jax.Array) -> Any:
+        return jax.vjp(maxtext.stack, params, x)[1](cotangent)
+
+    return Program(derivatives, (params, _tokens(n, width), _tokens(n, width)))
+
+
 def least_of_layers(n: int, width: int) -> int:
     """With one pass between two branches: (2n + 2)C numbers a token forward and (3n + 3)C backward, in bfloat16."""
     return STREAM_DEPTH * STREAM_TOKENS * 2 * (5 * n + 5) * width
@@ -185,6 +211,11 @@ def step(connection: Any, scale: float, **options: Any) -> Program:
     return Program(train, (params, state, tokens), donate=(0, 1))
 
 
+def _beside(ours: Mapping[str, Any], maxtexts: Any, n: int, rest: Mapping[str, Any]) -> Case:
+    """Ours and MaxText's, whose H_res has n! weights a token: 40320 of 8 streams."""
+    return Case({**ours, MAXTEXT: maxtexts}, only={MAXTEXT: "tpu"}, **rest) if n <= 4 else Case(ours, **rest)
+
+
 def _cases() -> Iterator[tuple[str, Case]]:
     for branch, widths in ((MLP, (1024, 2048, 4096, 7168)), (Attention, (2048, 4096))):
         for width in widths:
@@ -196,22 +227,22 @@ def _cases() -> Iterator[tuple[str, Case]]:
                 ways |= {f"H={size}": partial(stack, max_history=size) for size in (4, 8, 16)}
                 name = f"history, {branch.__name__} layers{'' if backward else ', forward'}, C={width}"
                 yield name, Case(ways, over="residual", quick=branch is MLP and width == 2048 and backward)
-    for n, width in ((4, 1024), (4, 2048), (4, 4096), (4, 7168), (2, 2048), (2, 4096), (8, 2048), (8, 4096)):
+    for n, width in ((4, 1024), (4, 2048), (4, 4096), (4, 7168), (2, 2048), (8, 2048)):
         quick = (n, width) == (4, 2048)
-        for function in (read, write):
+        for function, other in ((read, maxtext_read), (write, maxtext_write)):
             for backward in (False, True):
-                make = partial(function, n, width, backward=backward)
-                name = f"streams, {function.__name__}{', backward' if backward else ''}, n={n}, C={width}"
-                peers = {"maxtext": Peer("tpu", maxtext)}
-                if function is write and not backward:
-                    peers["liger"] = Peer("cuda", partial(liger_write, STREAM_TOKENS, n, width))
-                yield name, Case({str(way): partial(make, way) for way in WAYS}, quick=quick, peers=peers)
-        name = f"streams, {STREAM_DEPTH} layers, forward and backward, n={n}, C={width}"
+                work = f"{function.__name__}{', backward' if backward else ''}"
+                ways = {str(way): partial(function, n, width, way, backward=backward) for way in WAYS}
+                rest = {"quick": quick, "peers": peers(work, STREAM_TOKENS, n, width)}
+                name = f"streams, {work}, n={n}, C={width}"
+                yield name, _beside(ways, partial(other, n, width, backward=backward), n, rest)
         ways = {str(way): partial(layers, n, width, way) for way in WAYS}
-        yield name, Case(ways, least=least_of_layers(n, width), quick=quick)
-        name = f"streams, a stack of {STREAM_DEPTH} layers, forward and backward, n={n}, C={width}"
+        rest = {"least": least_of_layers(n, width), "quick": quick}
+        name = f"streams, {STREAM_DEPTH} layers, forward and backward, n={n}, C={width}"
+        yield name, _beside(ways, partial(maxtext_layers, n, width), n, rest)
         ways = {str(way): partial(boundaries, n, width, way) for way in WAYS}
-        yield name, Case(ways, least=least_of_layers(n, width), quick=quick)
+        name = f"streams, a stack of {STREAM_DEPTH} layers, forward and backward, n={n}, C={width}"
+        yield name, Case(ways, **rest)
     steps = {
         "residual": partial(step, "residual"),
         "history, H=4": partial(step, "history"),

@@ -1,126 +1,169 @@
-"""Kernels of other projects, compiled as their packages have them, for the same shapes as ours.
+"""Kernels of other projects for GPUs, compiled as their packages have them, for the shapes of ours.
 
-A peer is a function of a target: its figures, or an error that says why there are none.
+A peer is an entry of `PEERS`: what it launches for the work of one of the lab's cases. Only kernels that touch the
+streams are listed: gates and Sinkhorn, which both projects have in kernels of their own, move a few numbers a token.
 """
 
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib import import_module
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from math import ceil
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any, Literal
-from unittest.mock import patch
+from collections.abc import Callable, Mapping
+from functools import partial
+from math import ceil, prod
+from typing import Any
 
-from benchmarks.accelerators.ptx import Assembled, read
 from benchmarks.accelerators.targets import Target
+from benchmarks.accelerators.triton_kernels import Array, Launch, figures, module
+
+Peer = Callable[[Target], dict[str, Any]]
+"""The figures of the kernels, or an error that says why there are none."""
+Launches = Callable[[int, int, int], list[Launch]]
+LIGER, ENGINE = "liger", "transformer_engine"
 
 
-@dataclass(frozen=True)
-class Peer:
-    """What a peer's kernel is written for, and what compiles it."""
+def peers(work: str, tokens: int, n: int, width: int) -> dict[str, Peer]:
+    """By project, the kernels for "read" or "write", forward or ", backward", of n streams of a width."""
 
-    platform: Literal["tpu", "cuda"]
-    figures: Callable[[Target], dict[str, Any]]
+    def compiled(project: str, launches: Launches, target: Target) -> dict[str, Any]:
+        return figures(project, launches(tokens, n, width), target)
 
-
-def package(name: str) -> Path:
-    """The folder of an installed package.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
-    found = find_spec(name)
-    if found is None or not found.submodule_search_locations:
-        raise ModuleNotFoundError(f"{name} is not installed: make accelerators")
-    return Path(next(iter(found.submodule_search_locations)))
-
-
-def liger_write(tokens: int, n: int, width: int, target: Target) -> dict[str, Any]:
-    """The merge of Liger (`liger_kernel.ops.mhc`), with the blocks that it picks, from bfloat16 to its float32."""
-    liger = _liger()
-    tokens_of_block, features, warps, stages = liger._post_res_default_meta(width)
-    strides = {"xn": n * width, "xh": width, "xc": 1, "fn": width, "fc": 1, "hpn": n, "hph": 1}
-    strides |= {"hrn": n * n, "hri": n, "hrj": 1, "on": n * width, "oh": width, "oc": 1}
-    constants = {"N": tokens, "HC": n, "C": width, "BLOCK_N": tokens_of_block, "BLOCK_C": features}
-    constants |= {f"stride_{name}": size for name, size in strides.items()}
-    pointers = {"x_ptr": "*bf16", "f_ptr": "*bf16", "hpost_ptr": "*fp32", "hres_ptr": "*fp32", "out_ptr": "*fp32"}
-    kernel = _triton(liger._mhc_post_res_fwd_kernel, pointers, constants, warps, stages, target)
-    programs = ceil(tokens / tokens_of_block) * ceil(width / features)
-    moved = tokens * (2 * (n + 1) * width + 4 * (n + n * n) + 4 * n * width)
-    return _figures(moved, kernel, programs, 32 * warps, target)
-
-
-def _figures(
-    moved: int, kernel: tuple[str, int, int, int], programs: int, threads: int, target: Target
-) -> dict[str, Any]:
-    """Each argument read and each result written once: what a Triton kernel moves stands in no HLO."""
-    name, registers, spills, shared = kernel
     return {
-        "bytes": moved,
-        "seconds": moved / target.bandwidth,
-        "optimal_seconds": None,
-        "memory": moved,
-        "unknown loops": [],
-        "kernels": [asdict(Assembled(name, registers, spills, shared, programs, threads))],
+        project: partial(compiled, project, launches)
+        for (project, done), launches in PEERS.items()
+        # The kernels of TransformerEngine say themselves that they are for four.
+        if done == work and (project != ENGINE or n == 4)
     }
 
 
-def _liger() -> ModuleType:
-    # Its kernels need no torch, but the file that holds them has PyTorch functions, too, which are not called here.
-    torch = SimpleNamespace(Tensor=object, Size=tuple, dtype=object, autograd=SimpleNamespace(Function=object))
-    utils = SimpleNamespace(ensure_contiguous=lambda function: function)
-    file = package("liger_kernel") / "ops" / "mhc.py"
-    spec = spec_from_file_location("liger_mhc", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    absent = {"torch": torch, "liger_kernel": utils, "liger_kernel.ops": utils, "liger_kernel.ops.utils": utils}
-    # First, or it would be forgotten with what stands in for torch, and it cannot be imported twice.
-    import_module("triton.language")
-    with patch.dict(sys.modules, absent):
-        spec.loader.exec_module(module)
-    return module
+def _strides(*shapes: tuple[int, ...]) -> list[int]:
+    """Of arrays whose last axis lies next to each other, one array after the other."""
+    return [prod(shape[i + 1 :]) for shape in shapes for i in range(len(shape))]
 
 
-def _triton(
-    kernel: Any, pointers: dict[str, str], constants: dict[str, int], warps: int, stages: int, target: Target
-) -> tuple[str, int, int, int]:
-    """Name, registers, spilled bytes and shared memory of a kernel, compiled by Triton and its own assembler."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import ASTSource
+def _liger_sizes(tokens: int, n: int, width: int, tile: tuple[int, int]) -> dict[str, Any]:
+    def programs(blocks: Mapping[str, Any]) -> int:
+        return ceil(tokens / blocks["BLOCK_N"]) * ceil(width / blocks["BLOCK_C"])
 
-    names = kernel.arg_names
-    source = ASTSource(
-        kernel,
-        {name: pointers.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        # JAX and torch both allocate at multiples of 16 bytes.
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
+    constants = {"N": tokens, "HC": n, "C": width}
+    return {"constants": constants, "blocks": {"BLOCK_N": tile[0], "BLOCK_C": tile[1]}, "programs": programs}
+
+
+def _liger_merge(tokens: int, n: int, width: int, *, backward: bool) -> list[Launch]:
+    streams, one, post, res = (tokens, n, width), (tokens, width), (tokens, n), (tokens, n, n)
+    # The blocks that it picks for Hopper and before (`_post_res_default_meta`).
+    rows, columns, warps, stages = module(LIGER)._post_res_default_meta(width)
+    sizes = _liger_sizes(tokens, n, width, (rows, columns)) | {"warps": warps, "stages": stages}
+    arrays = {
+        "x_ptr": ("bf16", streams),
+        "f_ptr": ("bf16", one),
+        "hpost_ptr": ("fp32", post),
+        "hres_ptr": ("fp32", res),
+    }
+    if not backward:
+        arrays["out_ptr"] = ("fp32", streams)
+        return [Launch("_mhc_post_res_fwd_kernel", arrays, strides=_strides(streams, one, post, res, streams), **sizes)]
+    arrays |= {"grad_out_ptr": ("fp32", streams), "grad_x_ptr": ("fp32", streams), "grad_f_ptr": ("fp32", one)}
+    arrays |= {"grad_hpost_ptr": ("fp32", post), "grad_hres_ptr": ("fp32", res)}
+    strides = _strides(streams, one, post, res, streams, streams, one, post, res)
+    return [Launch("_mhc_post_res_bwd_kernel", arrays, strides=strides, **sizes)]
+
+
+def _liger_read(tokens: int, n: int, width: int, *, backward: bool) -> list[Launch]:
+    streams, one, pre, flat = (tokens, n, width), (tokens, width), (tokens, n), (tokens, n * width)
+    maps = 2 * n + n * n
+    phi, mix = (n * width, maps), (tokens, maps)
+    constants = {"N": tokens, "K": n * width, "M": maps, "CAST_FP32": False}
+    blocks = {"BLOCK_N": 32, "BLOCK_K": 256, "BLOCK_M": 32}
+    sizes = _liger_sizes(tokens, n, width, (32, 128))
+    arrays: dict[str, Array] = {"x_ptr": ("bf16", flat), "phi_ptr": ("bf16", phi), "mix_ptr": ("fp32", mix)}
+    arrays["invr_ptr"] = ("fp32", (tokens,))
+    collapse: dict[str, Array] = {"x_ptr": ("bf16", streams), "hpre_ptr": ("fp32", pre)}
+    if not backward:
+        project = Launch(
+            "_mhc_mm_norm_fwd_kernel",
+            arrays,
+            constants | {"eps": 1e-6},
+            _strides(flat, phi, mix),
+            lambda sizes: ceil(tokens / sizes["BLOCK_N"]) * ceil(maps / sizes["BLOCK_M"]),
+            blocks,
+        )
+        collapse["out_ptr"] = ("fp32", one)
+        return [project, Launch("_mhc_pre_fwd_kernel", collapse, strides=_strides(streams, pre, one), **sizes)]
+    collapse |= {"grad_out_ptr": ("fp32", one), "grad_x_ptr": ("fp32", streams), "grad_h_ptr": ("fp32", pre)}
+    arrays |= {"grad_mix_ptr": ("fp32", mix), "grad_x_ptr": ("bf16", flat), "grad_phi_ptr": ("fp32", phi)}
+    project = Launch(
+        "_mhc_mm_norm_bwd_fused_kernel",
+        arrays,
+        constants,
+        _strides(flat, phi, mix, (tokens,), mix, flat, phi),
+        lambda sizes: ceil(tokens / sizes["BLOCK_N"]) * ceil(n * width / sizes["BLOCK_K"]),
+        blocks,
     )
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", target.capability, 32), options={"num_warps": warps, "num_stages": stages}
-    )
-    text = compiled.asm["ptx"]
-    architecture = next(line.split()[1] for line in text.splitlines() if line.startswith(".target"))
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(text)
-        file.flush()
-        command = [get_ptxas(target.capability).path, "-v", "--gpu-name", architecture, file.name, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    ((name, (registers, spills, shared)),) = read(said).items()
-    return name.lstrip("_"), registers, spills, shared + compiled.metadata.shared
+    return [
+        Launch("_mhc_pre_bwd_kernel", collapse, strides=_strides(streams, pre, one, streams, pre), **sizes),
+        project,
+    ]
 
 
-def maxtext(target: Target) -> dict[str, Any]:
-    """MaxText's kernels, from its package."""
-    if find_spec("maxtext") is None:
-        here = ".".join(map(str, sys.version_info[:2]))
-        raise ModuleNotFoundError(f"maxtext has no release for Python {here}")
-    raise NotImplementedError("maxtext is installed, but the lab does not know its kernels yet")
+def _tuned(tokens: int, features: int, axis: str) -> Callable[[Mapping[str, Any]], int]:
+    """How many programs a grid has whose blocks Triton's tuner chooses."""
+    return lambda blocks: ceil(tokens / blocks["BLOCK_SIZE_M"]) * ceil(features / blocks[f"BLOCK_SIZE_{axis}"])
+
+
+def _engine_merge(tokens: int, n: int, width: int, *, backward: bool) -> list[Launch]:
+    one, flat = (tokens, width), (tokens, width * n)
+    constants = {"M": tokens, "C": width, "n": n, "HAS_BIAS": False}
+    arrays: dict[str, Array | None] = {"f_ptr": ("bf16", one), "bias_ptr": None, "H_post_ptr": ("fp32", (tokens, n))}
+    arrays |= {"x_ptr": ("bf16", flat), "H_res_ptr": ("fp32", (tokens, n, n))}
+    programs = _tuned(tokens, width, "C")
+    if not backward:
+        arrays["output_ptr"] = ("bf16", flat)
+        strides = [*_strides(one), 1, *_strides(flat, flat)]
+        return [Launch("_mhc_expand_combine_fwd", arrays, constants, strides, programs)]
+    arrays |= {"grad_output_ptr": ("bf16", flat), "grad_f_ptr": ("bf16", one), "grad_x_ptr": ("bf16", flat)}
+    arrays |= {"grad_H_post_ptr": ("fp32", (tokens, n)), "grad_H_res_ptr": ("fp32", (tokens, n, n))}
+    arrays |= {"grad_bias_ptr": ("bf16", (1,)), "grad_bias_ws_ptr": None}
+    constants |= {"precision": "tf32", "FUSE_GRAD_X_ACC": False, "DETERMINISTIC": False}
+    strides = [*_strides(flat, one), 1, *_strides(flat, one), 1, width, 1, *_strides(flat)]
+    return [Launch("_mhc_expand_combine_bwd", arrays, constants, strides, programs)]
+
+
+def _engine_read(tokens: int, n: int, width: int, *, backward: bool) -> list[Launch]:
+    # The product for the gradient of phi is cuBLAS', and is not here.
+    one, flat, phi = (tokens, width), (tokens, n * width), (2 * n + n * n, n * width)
+    constants = {"M": tokens, "N": phi[0], "K": n * width, "BLOCK_SIZE_N": 32, "precision": "tf32"}
+    arrays: dict[str, Array | None] = {"x_ptr": ("bf16", flat), "phi_ptr": ("fp32", phi)}
+    collapse: dict[str, Array | None] = {"x_ptr": ("bf16", flat), "H_pre_ptr": ("fp32", (tokens, n))}
+    sizes = {"M": tokens, "C": width, "n": n}
+    if not backward:
+        arrays |= {"h_ptr": ("fp32", (tokens, 32)), "ms_ptr": ("fp32", (tokens,))}
+        collapse["output_ptr"] = ("bf16", one)
+        split = constants | {"USE_SPLIT_K": True, "USE_TMA": False}
+        strides = [*_strides(flat, phi, (tokens, 32)), 1, 1]
+        return [
+            Launch("_mhc_projection_fwd_fused", arrays, split, strides, _tuned(tokens, n * width, "K")),
+            Launch("_mhc_aggregate_fwd", collapse, sizes, _strides(flat, one), _tuned(tokens, width, "C")),
+        ]
+    collapse |= {
+        "grad_output_ptr": ("bf16", one),
+        "grad_H_pre_ptr": ("fp32", (tokens, n)),
+        "grad_x_ptr": ("bf16", flat),
+    }
+    sizes |= {"precision": "tf32", "FUSE_GRAD_X_ACC": False}
+    arrays |= {"grad_x_ptr": ("bf16", flat), "norm_weight_ptr": None, "grad_h_ptr": ("fp32", (tokens, 32))}
+    arrays["grad_ms_ptr"] = ("fp32", (tokens,))
+    constants |= {"FUSE_GRAD_X_ACC": False, "HAS_NORM_WEIGHT": False}
+    strides = [*_strides(flat, flat, phi), 1, *_strides(phi, (tokens, 32)), 1]
+    return [
+        Launch("_mhc_aggregate_bwd", collapse, sizes, _strides(one, flat, flat), _tuned(tokens, width, "C")),
+        Launch("_mhc_projection_bwd_fused_dx", arrays, constants, strides, _tuned(tokens, n * width, "K")),
+    ]
+
+
+PEERS: Mapping[tuple[str, str], Launches] = {
+    (LIGER, "write"): partial(_liger_merge, backward=False),
+    (LIGER, "write, backward"): partial(_liger_merge, backward=True),
+    (LIGER, "read"): partial(_liger_read, backward=False),
+    (LIGER, "read, backward"): partial(_liger_read, backward=True),
+    (ENGINE, "write"): partial(_engine_merge, backward=False),
+    (ENGINE, "write, backward"): partial(_engine_merge, backward=True),
+    (ENGINE, "read"): partial(_engine_read, backward=False),
+    (ENGINE, "read, backward"): partial(_engine_read, backward=True),
+}

@@ -31,7 +31,7 @@ class Job:
     @property
     def kind(self) -> tuple[str, bool]:
         """What must be known before the process starts: the platform, and whether schedules are wanted."""
-        return TARGETS[self.target].platform, self.implementation == KERNELS
+        return TARGETS[self.target].platform, self.implementation in KERNELS
 
 
 class Worker:

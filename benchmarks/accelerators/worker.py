@@ -54,7 +54,7 @@ def answer(job: dict[str, str], folder: Path | None) -> dict[str, Any]:
 
     target, case = TARGETS[job["target"]], CASES[job["case"]]
     if job["implementation"] in case.peers:
-        return case.peers[job["implementation"]].figures(target)
+        return case.peers[job["implementation"]](target)
     program = case.implementations[job["implementation"]](target.scale)
     place = SingleDeviceSharding(_device(target.name))
     arguments = jax.tree.map(
