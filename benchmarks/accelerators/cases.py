@@ -233,7 +233,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
             for backward in (False, True):
                 work = f"{function.__name__}{', backward' if backward else ''}"
                 ways = {str(way): partial(function, n, width, way, backward=backward) for way in WAYS}
-                rest = {"quick": quick, "peers": peers(work, STREAM_TOKENS, n, width)}
+                rest: dict[str, Any] = {"quick": quick, "peers": peers(work, STREAM_TOKENS, n, width)}
                 name = f"streams, {work}, n={n}, C={width}"
                 yield name, _beside(ways, partial(other, n, width, backward=backward), n, rest)
         ways = {str(way): partial(layers, n, width, way) for way in WAYS}

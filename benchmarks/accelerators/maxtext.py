@@ -32,9 +32,9 @@ def kernels() -> ModuleType:
 
 def parameters(n: int, width: int) -> Any:
     """The shapes of the parameters of a layer, in float32."""
-    shapes = {"norm_scale": (n * width,)}
+    shapes: dict[str, tuple[int, ...]] = {"norm_scale": (n * width,)}
     for name, maps in (("pre", n), ("post", n), ("res", math.factorial(n))):
-        shapes |= {f"{name}_alpha": (n * width, maps), f"{name}_bias": (maps,), f"{name}_scale": ()}
+        shapes |= {f"{name}_alpha": (n * width, maps), f"{name}_bias": (maps,), f"{name}_scale": (1,)}
     return kernels().MhcWeights(**{name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()})
 
 

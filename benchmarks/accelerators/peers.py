@@ -109,7 +109,7 @@ def _tuned(tokens: int, features: int, axis: str) -> Callable[[Mapping[str, Any]
 
 def _engine_merge(tokens: int, n: int, width: int, *, backward: bool) -> list[Launch]:
     one, flat = (tokens, width), (tokens, width * n)
-    constants = {"M": tokens, "C": width, "n": n, "HAS_BIAS": False}
+    constants: dict[str, Any] = {"M": tokens, "C": width, "n": n, "HAS_BIAS": False}
     arrays: dict[str, Array | None] = {"f_ptr": ("bf16", one), "bias_ptr": None, "H_post_ptr": ("fp32", (tokens, n))}
     arrays |= {"x_ptr": ("bf16", flat), "H_res_ptr": ("fp32", (tokens, n, n))}
     programs = _tuned(tokens, width, "C")
@@ -131,7 +131,7 @@ def _engine_read(tokens: int, n: int, width: int, *, backward: bool) -> list[Lau
     constants = {"M": tokens, "N": phi[0], "K": n * width, "BLOCK_SIZE_N": 32, "precision": "tf32"}
     arrays: dict[str, Array | None] = {"x_ptr": ("bf16", flat), "phi_ptr": ("fp32", phi)}
     collapse: dict[str, Array | None] = {"x_ptr": ("bf16", flat), "H_pre_ptr": ("fp32", (tokens, n))}
-    sizes = {"M": tokens, "C": width, "n": n}
+    sizes: dict[str, Any] = {"M": tokens, "C": width, "n": n}
     if not backward:
         arrays |= {"h_ptr": ("fp32", (tokens, 32)), "ms_ptr": ("fp32", (tokens,))}
         collapse["output_ptr"] = ("bf16", one)
