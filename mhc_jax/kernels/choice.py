@@ -22,7 +22,12 @@ Options = tuple[tuple[str, Any], ...]
 #     mix       the same, but XLA makes one pass of it and the branch
 #     write     v5e 151 over 151, H100 151 over 152                      v5e 185 over 245, H100 45 over 45
 #     read      v5e 151 over 151, H100 251 over 160                      v5e 193 over 682, H100 75 over 48
-#     boundary  v5p 9405 over 5121 (4 layers, forward and backward); there is no kernel of it for a GPU
+#     boundary  v5p 9405 over 5121, H100 10092 over 5276           H100 3011 over 1574
+#               (4 layers, forward and backward, of which scan and copies are 3570 MB on H100)
+#
+# On one GPU that would be reason enough for the boundary's kernel. It is not None's choice there because nobody has run
+# it on a card, what the cache loses between its two looks at a tile is in no figure of a compiler, and phi's derivative
+# is summed in no fixed order, which whoever has chosen nothing may not expect.
 CHOICES: Mapping[str, Mapping[str, Literal["xla", "pallas"]]] = {
     "mix": {},
     "sinkhorn": {},

@@ -40,8 +40,8 @@ MAX_ROWS = 1024  # of phi^T: n times the logits of a token
 F32 = jnp.float32
 
 
-def on_tpu(kernel: Callable[..., Any], xla: Callable[..., Any], *arguments: Array) -> Any:
-    """`kernel` for a TPU, `xla`, which computes the same, for a GPU; on any other platform the kernel is interpreted.
+def on_every_platform(tpu: Callable[..., Any], gpu: Callable[..., Any], *arguments: Array) -> Any:
+    """The kernel of the platform that the program is compiled for; on any other that of a TPU is interpreted.
 
     Raises:
         TypeError: if the streams, the first argument, are neither bfloat16 nor float32.
@@ -52,8 +52,7 @@ def on_tpu(kernel: Callable[..., Any], xla: Callable[..., Any], *arguments: Arra
             f"implementation='pallas' takes streams of bfloat16 or float32, got {arguments[0].dtype}: "
             "use implementation='xla'"
         )
-    interpreted = partial(kernel, interpret=True)
-    return lax.platform_dependent(*arguments, tpu=kernel, cuda=xla, rocm=xla, default=interpreted)
+    return lax.platform_dependent(*arguments, tpu=tpu, cuda=gpu, rocm=gpu, default=partial(tpu, interpret=True))
 
 
 class Sizes(NamedTuple):

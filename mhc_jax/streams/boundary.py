@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mhc_jax.kernels import stream_boundary as kernels
+from mhc_jax.kernels import stream_boundary_gpu as gpu_kernels
 from mhc_jax.kernels.choice import Implementation, check_implementation, implemented
 from mhc_jax.streams import forms, norm
 from mhc_jax.streams.config import StreamConfig
@@ -63,8 +64,8 @@ def boundary(
         streams, output, post, res: as of `write`: what the branch before read, its output and its maps. A res of None
             is the identity.
         config: of the maps.
-        implementation: "pallas" for the kernels of `mhc_jax.kernels.stream_boundary` on a TPU, for streams whose
-            squares sum up to what float32 holds (below about 1e19); "xla" for what XLA fuses, at any size;
+        implementation: "pallas" for the kernels of `mhc_jax.kernels.stream_boundary`, for streams whose squares sum
+            up to what float32 holds (below about 1e19); "xla" for what XLA fuses, at any size;
             None for the choice of `mhc_jax.kernels.choice`.
 
     Returns:
@@ -285,9 +286,10 @@ def _forward_by_xla(
 def _forward_by_kernel(
     streams: Array, output: Array, post: Array, res: Array | None, *maps: Array, config: StreamConfig
 ) -> tuple[Array, ...]:
-    kernel = partial(kernels.forward, pre=partial(_pre, config), norm_epsilon=config.norm_epsilon)
-    xla = partial(_forward_by_xla, config=config)
-    new, *rest = kernels.on_tpu(kernel, xla, _flat(streams, output), output, post, forms.mixing(res, post), *maps)
+    options: Any = {"pre": partial(_pre, config), "norm_epsilon": config.norm_epsilon}
+    tpu, gpu = (partial(forward, **options) for forward in (kernels.forward, gpu_kernels.forward))
+    arguments = _flat(streams, output), output, post, forms.mixing(res, post), *maps
+    new, *rest = kernels.on_every_platform(tpu, gpu, *arguments)
     return new.reshape(streams.shape), *rest
 
 
@@ -296,7 +298,8 @@ def _backward_by_kernel(
 ) -> tuple[Array, ...]:
     flat, d_flat = (_flat(array, output) for array in (streams, d_new))
     arguments = flat, output, post, forms.mixing(res, post), pre, d_flat, *others
-    d_streams, d_output, d_post, d_res, *rest = kernels.on_tpu(kernels.backward, _backward_by_xla, *arguments)
+    gradients = kernels.on_every_platform(kernels.backward, gpu_kernels.backward, *arguments)
+    d_streams, d_output, d_post, d_res, *rest = gradients
     return d_streams.reshape(streams.shape), d_output, d_post, None if res is None else d_res, *rest
 
 
