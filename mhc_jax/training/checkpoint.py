@@ -13,9 +13,9 @@ import platform
 import shutil
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ Tree = TypeVar("Tree")
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def save(path: str | os.PathLike[str], tree: Any) -> None:
+def save(path: str | os.PathLike[str], tree: Any, *, metadata: Mapping[str, Any] | None = None) -> None:
     """Writes the arrays of `tree` to the new directory `path`, and returns when they are on disk.
 
     The directory is written beside, under a name that no other save uses, and gets its own name at once when it is
@@ -44,9 +44,11 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
         path: a local path that does not exist yet.
         tree: an NNX module, a `TrainState` or any pytree of arrays, sharded or not, typed PRNG keys included. On disk
             it is a nested dict with the names of the tree, readable with Orbax alone.
+        metadata: what JSON can hold, kept with the arrays for `read_metadata`.
 
     Raises:
         FileExistsError: `path` exists, or another save to it was faster.
+        OSError: the file system refuses, as when it is full; what was written is removed.
         TypeError: a leaf is not an array; the message gives its name.
         ValueError: a leaf is empty, or the processes gave different paths.
 
@@ -57,18 +59,92 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
         ...     restore(latest(directory), like={"weights": jnp.zeros(3)})
         {'weights': Array([0., 1., 2.], dtype=float32)}
     """
+    start_saving(path, tree, metadata=metadata).wait()
+
+
+class Saving:
+    """A save that goes on in a thread; made by `start_saving`."""
+
+    def __init__(self, path: Path, lock: "_Lock", checkpointer: ocp.StandardCheckpointer, folder: Path) -> None:
+        self._path, self._lock, self._checkpointer, self._folder = path, lock, checkpointer, folder
+        self._error: Exception | None = None
+        # No daemon: a program that ends waits for its last checkpoint.
+        self._thread = threading.Thread(target=self._finish, name="mhc checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when the checkpoint is on disk under its name. In a program of several processes all must call it.
+
+        Raises:
+            FileExistsError, OSError: as `save`.
+        """
+        self._thread.join()
+        if jax.process_index() != 0 and self._error is not None:
+            raise self._error
+        _on_first_process(self._result)
+
+    def _finish(self) -> None:
+        """What nobody waits for: Orbax gives the folder its name when all processes have written."""
+        try:
+            try:
+                with self._checkpointer:
+                    self._checkpointer.wait_until_finished()
+            except ValueError as error:  # so TensorStore says whatever a file system refuses, the reason last
+                reason = str(error).rsplit(": ", 1)[-1]
+                raise OSError(f"path: {self._path} could not be written: {reason}") from error
+            if jax.process_index() == 0:
+                _publish(self._folder / "checkpoint", self._path)
+        except Exception as error:
+            self._error = error
+        finally:
+            self._lock.remove()
+            _ONE_AT_A_TIME.release()
+
+    def _result(self) -> str:
+        if self._error is not None:
+            raise self._error
+        return ""
+
+
+def start_saving(path: str | os.PathLike[str], tree: Any, *, metadata: Mapping[str, Any] | None = None) -> Saving:
+    """`save`, which returns when the arrays are copied to the host: from then on `tree` may be donated.
+
+    One save goes on at a time; another that is started meanwhile waits for it. Arguments and errors are those of
+    `save`; those of the file system are raised by `Saving.wait`.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     saving = start_saving(f"{directory}/7", {"weights": jnp.arange(3.0)}, metadata={"loss": 0.5})
+        ...     saving.wait()
+        ...     read_metadata(latest(directory))
+        {'loss': 0.5}
+    """
     path = Path(path).absolute()
     arrays = traverse_util.unflatten_dict(_named_leaves(tree), sep="/")
     _check_one_path(path)
     lock = _Lock()
-    with _ONE_AT_A_TIME:
-        try:
-            folder = Path(_on_first_process(lambda: _open_folder(path, lock)))
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(folder / "checkpoint", arrays)
-            _on_first_process(lambda: _publish(folder / "checkpoint", path))
-        finally:
-            lock.remove()
+    _ONE_AT_A_TIME.acquire()
+    try:
+        folder = Path(_on_first_process(lambda: _open_folder(path, lock)))
+        checkpointer = ocp.StandardCheckpointer()
+        checkpointer.save(folder / "checkpoint", arrays, custom_metadata=dict(metadata or {}))
+        return Saving(path, lock, checkpointer, folder)
+    except BaseException:
+        lock.remove()
+        _ONE_AT_A_TIME.release()
+        raise
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `save` was given as `metadata`.
+
+    Raises:
+        FileNotFoundError: there is no complete checkpoint at `path`.
+    """
+    path = _complete(path)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return dict(checkpointer.metadata(path).custom_metadata or {})
 
 
 def restore(path: str | os.PathLike[str], like: Tree) -> Tree:
@@ -86,18 +162,77 @@ def restore(path: str | os.PathLike[str], like: Tree) -> Tree:
         FileNotFoundError: there is no complete checkpoint at `path`.
         ValueError: the names, a shape or a dtype differ between the checkpoint and `like`; the message lists them.
     """
-    path = Path(path).absolute()
-    if not _is_complete(path):
-        raise FileNotFoundError(f"path: no complete checkpoint at {path}")
+    path = _complete(path)
     targets = {name: _target(leaf) for name, leaf in _named_leaves(like).items()}
     with ocp.StandardCheckpointer() as checkpointer:
         stored = traverse_util.flatten_dict(checkpointer.metadata(path).item_metadata.tree, sep="/")
         _check_same(path, stored, targets)
         nested = checkpointer.restore(path, traverse_util.unflatten_dict(targets, sep="/"))
-    restored = traverse_util.flatten_dict(nested, sep="/")
-    graphdef, tree = nnx.split(like) if isinstance(like, nnx.Module) else (None, like)
-    tree = jax.tree.unflatten(jax.tree.structure(tree), [restored[name] for name in targets])
-    return tree if graphdef is None else nnx.merge(graphdef, tree)
+    return _fill(like, traverse_util.flatten_dict(nested, sep="/"))
+
+
+class Part(NamedTuple):
+    """What `restore_part` found in common.
+
+    Attributes:
+        tree: of the type of `like`.
+        new: names of leaves of `like` that the checkpoint does not have, and that kept their values.
+        unused: names of leaves of the checkpoint that `like` does not have.
+    """
+
+    tree: Any
+    new: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def restore_part(path: str | os.PathLike[str], like: Any) -> Part:
+    """What `like` and the checkpoint at `path` have in common, by name: such as a residual decoder's in one of streams.
+
+    Args:
+        path: a directory written by `save`.
+        like: the module or pytree to fill, of arrays; those that the checkpoint does not have keep their values.
+
+    Raises:
+        FileNotFoundError: there is no complete checkpoint at `path`.
+        ValueError: a shape or a dtype differs, or nothing is in common.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save(f"{directory}/0", {"kernel": jnp.ones(2), "step": jnp.int32(7)})
+        ...     part = restore_part(f"{directory}/0", {"kernel": jnp.zeros(2), "logits": jnp.zeros(1)})
+        >>> part.tree["kernel"], part.new, part.unused
+        (Array([1., 1.], dtype=float32), ('logits',), ('step',))
+    """
+    path = _complete(path)
+    leaves = _named_leaves(like)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        stored = traverse_util.flatten_dict(checkpointer.metadata(path).item_metadata.tree, sep="/")
+        targets = {name: _target(leaf) for name, leaf in leaves.items() if name in stored}
+        if not targets:
+            raise ValueError(
+                f"like and the checkpoint {path} have no name in common: {sorted(leaves)}, {sorted(stored)}"
+            )
+        _check_same(path, {name: stored[name] for name in targets}, targets)
+        wanted = traverse_util.unflatten_dict(targets, sep="/")
+        how = ocp.checkpoint_utils.construct_restore_args(wanted)
+        arguments = ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
+        nested = checkpointer.restore(path, args=arguments)
+    tree = _fill(like, leaves | traverse_util.flatten_dict(nested, sep="/"))
+    return Part(tree, tuple(sorted(leaves.keys() - stored.keys())), tuple(sorted(stored.keys() - leaves.keys())))
+
+
+def discard(path: str | os.PathLike[str]) -> None:
+    """Removes the checkpoint at `path`; interrupted, it leaves nothing that would be taken for one.
+
+    Raises:
+        FileNotFoundError: there is no complete checkpoint at `path`.
+    """
+    path = _complete(path)
+    # Under the name of a save that was killed: the next save removes what a killed discard leaves.
+    doomed = path.parent / f"{path.name[:30]}.{platform.node()}.{uuid.uuid4().hex}.saving"
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def latest(directory: str | os.PathLike[str]) -> Path:
@@ -106,10 +241,16 @@ def latest(directory: str | os.PathLike[str]) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    numbered = [path for path in Path(directory).absolute().glob("*") if path.name.isdecimal() and _is_complete(path)]
-    if not numbered:
+    found = numbered(directory)
+    if not found:
         raise FileNotFoundError(f"directory: no complete checkpoint named by a number in {directory}")
-    return max(numbered, key=lambda path: int(path.name))
+    return found[-1]
+
+
+def numbered(directory: str | os.PathLike[str]) -> list[Path]:
+    """The complete checkpoints `directory/<number>`, by their numbers; none where there is no directory."""
+    paths = Path(directory).absolute().glob("*")
+    return sorted((path for path in paths if path.name.isdecimal() and _is_complete(path)), key=lambda p: int(p.name))
 
 
 class _Lock:
@@ -201,6 +342,21 @@ def _on_first_process(action: Callable[[], str]) -> str:
     if text[:1] != b"+":
         raise (FileExistsError if text[:1] == b"x" else OSError)(text[1:].decode(errors="replace"))
     return text[1:].decode()
+
+
+def _complete(path: str | os.PathLike[str]) -> Path:
+    path = Path(path).absolute()
+    if not _is_complete(path):
+        raise FileNotFoundError(f"path: no complete checkpoint at {path}")
+    return path
+
+
+def _fill(like: Tree, leaves: Mapping[str, Any]) -> Tree:
+    """A tree as `like`, of the leaves of these names."""
+    names = list(_named_leaves(like))
+    graphdef, tree = nnx.split(like) if isinstance(like, nnx.Module) else (None, like)
+    tree = jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in names])
+    return tree if graphdef is None else nnx.merge(graphdef, tree)
 
 
 def _is_complete(path: Path) -> bool:

@@ -19,6 +19,7 @@ def train(
     tracker: Tracker | None = None,
     log_interval: int = 50,
     hyperparams: Mapping[str, Any] | None = None,
+    after: Callable[[TrainState, int], None] | None = None,
 ) -> TrainState:
     """One update for each batch, logging on the way.
 
@@ -35,6 +36,8 @@ def train(
             `mhc_torch.tracking` or a logger of Lightning.
         log_interval: updates from one report to the next, at least 1.
         hyperparams: logged once, before the first update.
+        after: called after every update with the state and the number of updates made, as for an evaluation or a
+            checkpoint; the next update donates that state.
 
     Returns:
         The state after the last batch.
@@ -76,6 +79,8 @@ def train(
             # The dashboard asks for the kinds of the layers only, not for their arrays.
             log_dashboard(tracker, nnx.eval_shape(lambda state: state.model, state), diagnostics, step)
         step += 1
+        if after is not None:
+            after(state, step)
     return state
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mhc_jax.monitoring.nonfinite import expect_finite
@@ -62,6 +63,7 @@ def make_train_step(
     *,
     diagnose: Diagnose | None = None,
     shardings: TrainState | None = None,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """Compiles one update of the parameters.
 
@@ -72,6 +74,8 @@ def make_train_step(
         diagnose: `(model, grads) -> dict`, such as `mhc_jax.monitoring.diagnostics.diagnose`: what else to report from
             the parameters and gradients already at hand, without a second forward.
         shardings: where the new state lives, from `mhc_jax.training.sharding`. Without it, the compiler decides.
+        accumulate: parts that a batch is taken in, one after the other, for the memory of one of them. Loss, metrics
+            and gradients are the mean over the parts.
 
     Returns:
         `train_step(state, batch) -> (state, metrics)`. It donates the old state, whose arrays must not be used again.
@@ -79,7 +83,8 @@ def make_train_step(
         name; they stay on the device until read.
 
     Raises:
-        ValueError: on the first call, if a metric has a name that the step reports itself.
+        ValueError: accumulate is below 1; on the first call, a metric has a name that the step reports itself, or the
+            rows of the batch are no multiple of `accumulate`.
         TypeError: on the first call, if `loss_fn` returns something else.
 
     Example:
@@ -98,18 +103,40 @@ def make_train_step(
         (['grad_norm', 'loss', 'rmse'], True, 200)
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        def loss_and_rest(params: nnx.State) -> tuple[Float[Array, ""], tuple[Metrics, nnx.State]]:
-            model = replace(state, params=params).model
-            result = loss_fn(model, batch)
-            if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
-                raise TypeError(
-                    f"loss_fn must return (loss, metrics), where metrics is a dict, maybe {{}}; got {result}"
-                )
-            loss, metrics = result
-            return loss, (metrics, nnx.state(model, nnx.Not(nnx.Param)))
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
 
-        (loss, (metrics, rest)), grads = jax.value_and_grad(loss_and_rest, has_aux=True)(state.params)
+    def loss_and_rest(
+        params: nnx.State, state: TrainState, batch: Batch
+    ) -> tuple[Float[Array, ""], tuple[Metrics, nnx.State]]:
+        model = replace(state, params=params).model
+        result = loss_fn(model, batch)
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+            raise TypeError(f"loss_fn must return (loss, metrics), where metrics is a dict, maybe {{}}; got {result}")
+        loss, metrics = result
+        return loss, (metrics, nnx.state(model, nnx.Not(nnx.Param)))
+
+    differentiate = jax.value_and_grad(loss_and_rest, has_aux=True)
+
+    def in_parts(state: TrainState, batch: Batch) -> Any:
+        """The same result, of one part of the batch after the other."""
+        parts = jax.tree.map(lambda leaf: _parts(leaf, accumulate), batch)
+
+        def one(carry: tuple[nnx.State, Any], part: Batch) -> tuple[tuple[nnx.State, Any], None]:
+            rest, total = carry
+            (loss, (metrics, rest)), grads = differentiate(state.params, replace(state, rest=rest), part)
+            return (rest, jax.tree.map(jnp.add, total, (loss, metrics, grads))), None
+
+        shapes = jax.eval_shape(differentiate, state.params, state, jax.tree.map(lambda leaf: leaf[0], parts))
+        (loss, (metrics, _)), grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (rest, total), _ = jax.lax.scan(one, (state.rest, (loss, metrics, grads)), parts)
+        loss, metrics, grads = jax.tree.map(lambda leaf: leaf / accumulate, total)
+        return (loss, (metrics, rest)), grads
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        whole = accumulate == 1
+        result = differentiate(state.params, state, batch) if whole else in_parts(state, batch)
+        (loss, (metrics, rest)), grads = result
         expect_finite(loss, "loss")
         for keys, leaf in jax.tree_util.tree_leaves_with_path(grads):
             expect_finite(leaf, f"gradient of {jax.tree_util.keystr(keys[:-1], simple=True, separator='/')}")
@@ -123,4 +150,13 @@ def make_train_step(
             raise ValueError(f"loss_fn: its metrics {sorted(clash)} have names that the step reports itself")
         return new_state, report | dict(metrics)
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    # Metrics are whole on every device, so that each of several processes can read them.
+    reported = None if shardings is None else NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, reported))
+
+
+def _parts(leaf: Array, accumulate: int) -> Array:
+    """(rows, ...) to (parts, rows of one, ...): every device keeps its rows, and has some of each part."""
+    if jnp.ndim(leaf) == 0 or len(leaf) % accumulate:
+        raise ValueError(f"batch: an array of shape {jnp.shape(leaf)} must have a multiple of {accumulate} rows")
+    return jnp.swapaxes(leaf.reshape(-1, accumulate, *leaf.shape[1:]), 0, 1)

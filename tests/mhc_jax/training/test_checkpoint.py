@@ -15,9 +15,19 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mhc_jax.models import Decoder, DecoderConfig
 from mhc_jax.nn import MHCStack
 from mhc_jax.training import TrainState, make_train_step
-from mhc_jax.training.checkpoint import latest, restore, save
+from mhc_jax.training.checkpoint import (
+    discard,
+    latest,
+    numbered,
+    read_metadata,
+    restore,
+    restore_part,
+    save,
+    start_saving,
+)
 from mhc_jax.training.sharding import data_mesh, fully_sharded, replicated
 
 
@@ -122,7 +132,7 @@ def test_the_latest_is_the_highest_number_that_is_complete(tmp_path):
         latest(tmp_path / "notes")
 
 
-def start_saving(path):
+def process_that_saves(path):
     """A process in the middle of a save of 400 MB."""
     script = (
         "import sys, jax.numpy as jnp\n"
@@ -139,7 +149,7 @@ def start_saving(path):
 
 def test_an_interrupted_save_leaves_the_earlier_checkpoint_whole(tmp_path):
     save(tmp_path / "1", {"a": jnp.arange(4.0)})
-    process = start_saving(tmp_path / "2")
+    process = process_that_saves(tmp_path / "2")
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert list(tmp_path.glob("2*")) != [tmp_path / "2"], "the save ended before it could be interrupted"
@@ -152,7 +162,7 @@ def test_an_interrupted_save_leaves_the_earlier_checkpoint_whole(tmp_path):
 
 
 def test_a_save_that_goes_on_is_not_taken_for_a_dead_one(tmp_path):
-    process = start_saving(tmp_path / "2")
+    process = process_that_saves(tmp_path / "2")
     os.kill(process.pid, signal.SIGSTOP)
     save(tmp_path / "1", {"a": jnp.arange(4.0)})
     assert len(list(tmp_path.iterdir())) == 2
@@ -221,3 +231,68 @@ def test_without_x64_double_precision_is_refused_and_not_truncated(tmp_path):
         assert_equal(restore(tmp_path / "1", tree), tree)
     with pytest.raises(ValueError, match="a was saved as float64"):
         restore(tmp_path / "1", tree)
+
+
+def test_a_save_in_the_background_has_what_was_given_to_it(tmp_path):
+    step = make_train_step(loss_fn, OPTIMIZER)
+    state = new_state(0)
+    before = jax.tree.map(np.asarray, state.params)
+    saving = start_saving(tmp_path / "0", state, metadata={"position": 3})
+    state, _ = step(state, jnp.ones((4, 16)))  # which donates it
+    saving.wait()
+    assert_equal(restore(tmp_path / "0", state).params, before)
+    assert read_metadata(tmp_path / "0") == {"position": 3}
+    with pytest.raises(FileExistsError, match="never written over"):
+        start_saving(tmp_path / "0", state)
+    save(tmp_path / "1", state)  # nothing is locked
+    assert read_metadata(tmp_path / "1") == {}
+
+
+def test_a_full_disk_is_one_error_and_leaves_the_earlier_checkpoint(tmp_path):
+    script = (
+        "import resource, sys, jax, jax.numpy as jnp\n"
+        "from mhc_jax.training.checkpoint import save\n"
+        "save(f'{sys.argv[1]}/1', {'a': jnp.arange(4.0)})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
+        "try:\n"
+        "    save(f'{sys.argv[1]}/2', {'a': jax.random.normal(jax.random.key(0), (1_000_000,))})\n"
+        "except OSError as error:\n"
+        "    print(error)\n"
+        "save(f'{sys.argv[1]}/3', {'a': jnp.arange(5.0)})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert f"path: {tmp_path}/2 could not be written: File too large" in done.stdout, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
+    np.testing.assert_array_equal(restore(tmp_path / "1", {"a": jnp.zeros(4)})["a"], np.arange(4.0))
+
+
+def test_a_residual_checkpoint_goes_on_as_streams(tmp_path):
+    sizes = DecoderConfig(8, features=4, mlp_features=4, depth=2, num_heads=1)
+    residual = Decoder(sizes, rngs=nnx.Rngs(0))
+    save(tmp_path / "0", {"params": residual, "step": jnp.int32(3)})
+    like = Decoder(sizes, "streams", streams=2, rngs=nnx.Rngs(1))
+    part = restore_part(tmp_path / "0", {"params": nnx.state(like, nnx.Param)})
+    names = ("alpha", "bias", "phi")
+    assert part.new == tuple(
+        f"params/stack/layers/{hc}/{name}/value" for hc in ("attn_hc", "ffn_hc") for name in names
+    ) or part.new == tuple(f"params/stack/layers/{hc}/{name}" for hc in ("attn_hc", "ffn_hc") for name in names)
+    assert part.unused == ("params/stack/mixing_logits", "step") or part.unused == ("step",)
+    nnx.update(like, part.tree["params"])
+    tokens = jnp.arange(6)[None]
+    np.testing.assert_allclose(like(tokens), residual(tokens), atol=2e-3)
+    other = Decoder(DecoderConfig(8, features=6, mlp_features=4, depth=2, num_heads=1), rngs=nnx.Rngs(1))
+    with pytest.raises(
+        ValueError, match=r"embed_tokens/embedding was saved as float32.8, 4., and like has float32.8, 6"
+    ):
+        restore_part(tmp_path / "0", {"params": other})
+    with pytest.raises(ValueError, match="no name in common"):
+        restore_part(tmp_path / "0", {"other": jnp.zeros(1)})
+
+
+def test_what_is_discarded_is_gone(tmp_path):
+    for number in (1, 2):
+        save(tmp_path / str(number), {"a": jnp.zeros(1)})
+    discard(tmp_path / "2")
+    assert numbered(tmp_path) == [tmp_path / "1"]
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        discard(tmp_path / "2")

@@ -99,6 +99,42 @@ def test_a_loss_comes_with_metrics():
         step(TrainState.create(Model(nnx.Rngs(0)), optimizer), make_batch())
 
 
+@pytest.mark.parametrize("place", [None, fully_sharded])
+def test_a_batch_in_parts_is_one_update(place):
+    def linear_loss(model, batch):
+        logits = model.head(batch["x"])
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+        return loss, {"accuracy": (logits.argmax(-1) == batch["y"]).mean()}
+
+    optimizer = optax.sgd(0.1)
+    states = []
+    for accumulate in (1, 4):
+        state = TrainState.create(Model(nnx.Rngs(0)), optimizer)
+        batch, shardings = make_batch(), None
+        if place:
+            shardings = place(state, data_mesh())
+            state, batch = jax.device_put(state, shardings), shard_batch(batch, data_mesh())
+        step = make_train_step(linear_loss, optimizer, accumulate=accumulate, shardings=shardings)
+        states.append(step(state, batch))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *states)
+
+
+def test_each_part_of_a_batch_draws_its_own_dropout():
+    optimizer = optax.sgd(0.1)
+    state = TrainState.create(Model(nnx.Rngs(0)), optimizer)
+    state, _ = make_train_step(loss_fn, optimizer, accumulate=4)(state, make_batch())
+    assert (state.model.stack.layers.dropout.rngs.count[...] == 4).all()
+
+
+def test_parts_must_divide_a_batch():
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(loss_fn, optimizer, accumulate=5)
+    with pytest.raises(ValueError, match=r"shape \(32, .* multiple of 5 rows"):
+        step(TrainState.create(Model(nnx.Rngs(0)), optimizer), make_batch())
+    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+        make_train_step(loss_fn, optimizer, accumulate=0)
+
+
 # Diagnostics
 
 
