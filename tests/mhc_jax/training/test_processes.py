@@ -2,10 +2,14 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import numpy as np
 
 SCRIPT = """
 import json, sys
@@ -85,3 +89,61 @@ def test_two_processes_train_save_and_resume_as_one(tmp_path):
     assert first == second
     assert all(abs(a - b) < 1e-5 * a for a, b in zip(alone, first, strict=True)), (alone, first)
     assert alone[-1] < alone[0]
+
+
+PROGRAM = """
+--steps 6 --log-every 1 --optimizer.warmup 2 --data.length 16 --data.batch 8 --model.connection streams
+--model.sizes.features 8 --model.sizes.mlp-features 16 --model.sizes.depth 2 --model.sizes.num-heads 2
+--evaluation.every 2 --evaluation.batches 1 --evaluation.sample-length 0 --checkpoints.every 2 --no-dashboard
+"""
+# Processes that find a program in the cache do not wait long for those that compile it.
+ALIKE = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+
+
+def run_program(folder: Path, processes: int, *arguments: str, killed: bool = False) -> list[dict]:
+    """The program as `processes` of it, with two devices in all; what it has reported."""
+    port = free_port()
+    several = f"--processes.several --processes.coordinator localhost:{port} --processes.count {processes}".split()
+    command = [sys.executable, "-m", "mhc_jax.training", *PROGRAM.split(), "--folder", str(folder), *arguments]
+    devices = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={2 // processes}"
+    running = [
+        subprocess.Popen(
+            [*command, *several, "--processes.index", str(rank)] if processes > 1 else command,
+            env=os.environ | ALIKE | {"XLA_FLAGS": devices},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(processes)
+    ]
+    metrics = folder / "metrics.jsonl"
+    if killed:
+        while not (metrics.exists() and '"step": 4' in metrics.read_text()):
+            assert all(process.poll() is None for process in running), running[0].communicate()[1].decode()[-3000:]
+            time.sleep(0.01)
+        for process in running:
+            process.kill()
+    for process in running:
+        _, errors = process.communicate(timeout=200)
+        assert killed or process.returncode == 0, errors.decode()[-3000:]
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def test_the_program_as_two_processes_is_killed_and_goes_on(tmp_path):
+    def losses(reports, name="train/loss"):
+        return [report[name] for report in reports if name in report]
+
+    whole = run_program(tmp_path / "whole", 2)
+    assert len(losses(whole)) == 6
+    assert len(losses(whole, "evaluation/loss")) == 3
+    run_program(tmp_path / "killed", 2, killed=True)
+    resumed = run_program(tmp_path / "killed", 2)
+    for name in ("train/loss", "evaluation/loss"):
+        assert losses(resumed, name) == losses(whole, name)
+    # On another mesh, as one process with as many devices, from the same checkpoints.
+    shutil.copytree(tmp_path / "killed", tmp_path / "other")
+    for checkpoint in sorted((tmp_path / "other" / "checkpoints").iterdir(), key=lambda path: int(path.name))[1:]:
+        shutil.rmtree(checkpoint)
+    begun = int(next((tmp_path / "other" / "checkpoints").iterdir()).name)
+    assert begun < 6
+    other = run_program(tmp_path / "other", 1, "--placement", "replicated")
+    np.testing.assert_allclose(losses(other), losses(whole), rtol=1e-5)
