@@ -8,13 +8,17 @@ import jax
 from jax import lax
 from jaxtyping import Array
 
+from mhc_jax import meshes
+from mhc_jax.kernels.refusal import refused
+
 Implementation = Literal["xla", "pallas"] | None
 Options = tuple[tuple[str, Any], ...]
 
 # What `None` means, by operation and platform ("cpu", "tpu", "cuda", "rocm"); what is not here is XLA's. XLA's forms
-# run on any mesh, and a program that is split over several TPUs does not compile with a kernel in it ("Mosaic kernels
-# cannot be automatically partitioned"). How many there will be is not known when a choice is made, so a kernel has to
-# be asked for, even where it moves less.
+# run on any mesh. A program that XLA splits over several TPUs, by Auto axes, does not compile with a kernel in it
+# ("Mosaic kernels cannot be automatically partitioned"), and libtpu 0.0.42 does not know the call of
+# `jax.experimental.custom_partitioning`. How many devices there will be is not known when a choice is made, so a kernel
+# has to be asked for, even where it moves less.
 #
 # What the lab says, XLA over kernel (compiled for, bfloat16, 4096 tokens, n = 4, C = 2048):
 #
@@ -29,6 +33,11 @@ CHOICES: Mapping[str, Mapping[str, Literal["xla", "pallas"]]] = {
     "stream_boundary": {},
     "stream_read": {},
     "stream_write": {},
+}
+
+# Where an operation has no kernel, which is an error of whoever asks for one there: what does have one.
+MISSING: Mapping[str, Mapping[str, str]] = {
+    "stream_boundary": {"cuda": "TPUs", "rocm": "TPUs"},
 }
 
 
@@ -66,38 +75,54 @@ def implemented(
 ) -> Any:
     """`chosen` of two functions `(*arrays, **options)`, of which JAX cannot differentiate the kernel. None is no array.
 
-    What is not given a rule of its own (second derivatives, then) is differentiated as `xla`.
+    What is not given a rule of its own (second derivatives, then) is differentiated as `xla`. In `jax.shard_map` the
+    results vary over all axes of the mesh over which any of the arrays does.
     """
 
     def call(*arrays: Array | None, **options: Any) -> Any:
         plain = partial(xla, **options)
 
         def by_kernel(*arrays: Array | None) -> Any:
-            return _kernel(kernel, xla, tuple(sorted(options.items())), arrays)
+            return _kernel(operation, kernel, xla, tuple(sorted(options.items())), arrays)
 
         # No numbers are no block to work on.
         some = all(array.size for array in jax.tree.leaves(arrays))
+        arrays = meshes.alike(*arrays)
         return chosen(operation, implementation if some else "xla", by_kernel, plain)(*arrays)
 
     return call
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+# Compiled, so that a call outside jit finds what an earlier one compiled; inside, the kernel stands as it is.
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
 def _kernel(
-    kernel: Callable[..., Any], xla: Callable[..., Any], options: Options, arrays: tuple[Array | None, ...]
+    operation: str,
+    kernel: Callable[..., Any],
+    xla: Callable[..., Any],
+    options: Options,
+    arrays: tuple[Array | None, ...],
 ) -> Any:
-    return _launched(kernel, options, arrays)
+    by_kernel, plain = partial(kernel, **dict(options)), partial(xla, **dict(options))
+    refusals = {
+        platform: partial(
+            refused,
+            f"implementation='pallas' has no kernel of {operation} for {platform}, only for {able}: use 'xla' or None",
+            plain,
+        )
+        for platform, able in MISSING.get(operation, {}).items()
+    }
+    return lax.platform_dependent(*arrays, default=by_kernel, **refusals) if refusals else by_kernel(*arrays)
 
 
 @_kernel.defjvp
 def _kernel_jvp(
-    kernel: Callable[..., Any], xla: Callable[..., Any], options: Options, primals: Any, tangents: Any
+    operation: str,
+    kernel: Callable[..., Any],
+    xla: Callable[..., Any],
+    options: Options,
+    primals: Any,
+    tangents: Any,
 ) -> tuple[Any, Any]:
     plain = partial(xla, **dict(options))
-    return _kernel(kernel, xla, options, *primals), jax.jvp(plain, *primals, *tangents)[1]
-
-
-# Compiled, so that a call outside jit finds what an earlier one compiled; inside, the kernel stands as it is.
-@partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _launched(kernel: Callable[..., Any], options: Options, arrays: tuple[Array | None, ...]) -> Any:
-    return kernel(*arrays, **dict(options))
+    return _kernel(operation, kernel, xla, options, *primals), jax.jvp(plain, *primals, *tangents)[1]

@@ -1,5 +1,7 @@
 """Who decides which form of an operation runs: the caller, or a table by platform."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,8 +9,18 @@ from flax import nnx
 
 from mhc_jax.history import apply_layers, mix
 from mhc_jax.kernels import choice
-from mhc_jax.models import Decoder, DecoderConfig
-from mhc_jax.nn import HyperConnections, MatrixMHCSkip, MHCSequential, MHCSkip, MHCStack, StreamHead
+from mhc_jax.models import Decoder, DecoderConfig, MHCResNet
+from mhc_jax.nn import (
+    HyperConnections,
+    MatrixMHCSkip,
+    MHCBasicBlock,
+    MHCBottleneck,
+    MHCConv,
+    MHCSequential,
+    MHCSkip,
+    MHCStack,
+    StreamHead,
+)
 
 ARGUMENTS = jnp.ones(128), jnp.ones((2, 128)), jnp.ones(2)
 
@@ -37,6 +49,10 @@ def test_modules_pass_the_implementation_on():
         (MHCSequential([linear], implementation="pallas"), (x,)),
         (StreamHead(8, implementation="pallas"), (jnp.ones((2, 4, 8)),)),
         (HyperConnections(linear, 8, implementation="pallas"), (jnp.ones((2, 4, 8)),)),
+        (MHCConv(3, 3, (1, 1), implementation="pallas", rngs=rngs), (jnp.ones((2, 4, 4, 3)),)),
+        (MHCBasicBlock(3, 3, implementation="pallas", rngs=rngs), (jnp.ones((2, 4, 4, 3)),)),
+        (MHCBottleneck(4, 1, implementation="pallas", rngs=rngs), (jnp.ones((2, 4, 4, 4)),)),
+        (MHCResNet((1,), 2, features=4, implementation="pallas", rngs=rngs), (jnp.ones((2, 4, 4, 3)),)),
     ]
     for module, arguments in calls:
         graph, state = nnx.split(module)
@@ -50,6 +66,20 @@ def test_a_decoder_passes_the_implementation_to_its_connections():
     assert kernels(lambda s, t: nnx.merge(graph, s)(t), "tpu", state, jnp.zeros((1, 4), jnp.int32))
     with pytest.raises(ValueError, match="implementation is of use to connection='streams' alone, got 'pallas'"):
         Decoder(config, "history", implementation="pallas", rngs=nnx.Rngs(0))
+
+
+def test_a_kernel_that_a_platform_has_not_is_an_error_there_alone(monkeypatch):
+    monkeypatch.setattr(choice, "MISSING", {"mix": {"cuda": "TPUs"}})
+    jax.clear_caches()
+    many = jax.vmap(partial(mix, implementation="pallas"), (0, 1, None))
+    arguments = jnp.ones((3, 128)), jnp.ones((2, 3, 128)), jnp.ones(2)
+    gradient = jax.grad(lambda *a: many(*a).sum())
+    assert many(*arguments).sum() == 3 * 128 * 3
+    assert kernels(gradient, "tpu", *arguments)
+    for function in (many, gradient):
+        with pytest.raises(NotImplementedError, match=r"no kernel of mix for cuda, only for TPUs: use 'xla' or None"):
+            kernels(function, "cuda", *arguments)
+    jax.clear_caches()
 
 
 def test_a_kernel_that_does_not_exist_is_refused_where_it_is_asked_for():

@@ -194,15 +194,18 @@ def test_turns_of_the_kernels_do_not_race(small_tiles, monkeypatch):
 
 @pytest.mark.parametrize("config", [StreamConfig(4), StreamConfig(2, "permutations")], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_kernels_lower_for_a_tpu_and_leave_a_gpu_to_xla(dtype, config, small_tiles):
+def test_kernels_lower_for_a_tpu_and_are_refused_for_a_gpu(dtype, config, small_tiles):
     arguments, cotangents = jax.tree.map(np.float32, example(config, (40,), 200))
     params, x, y, post, res = arguments
     arguments = params, x.astype(dtype), y.astype(dtype), post, res
     cotangents = *(c.astype(dtype) for c in cotangents[:2]), *cotangents[2:]
     function = partial(value_and_gradients, partial(fused, implementation="pallas"), config)
     names = "boundary_forward", "boundary_backward"
-    for_tpu, for_gpu = (lowered_for(platform, function, arguments, cotangents) for platform in ("tpu", "cuda"))
-    assert all(name in for_tpu and name not in for_gpu for name in names)
+    for_tpu = lowered_for("tpu", function, arguments, cotangents)
+    assert all(name in for_tpu for name in names)
+    message = "implementation='pallas' has no kernel of stream_boundary for cuda, only for TPUs: use 'xla' or None"
+    with pytest.raises(NotImplementedError, match=message):
+        lowered_for("cuda", function, arguments, cotangents)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
