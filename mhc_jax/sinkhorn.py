@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mhc_jax.meshes import Axes, on_parts
+
 # Matrices per step of the loop over chunks: 4x4 matrices of a chunk stay in a core's cache for all iterations.
 CHUNK = 4096
 # States of `log_sinkhorn` that its backward pass keeps, whatever the number of iterations.
 _CHECKPOINTS = 8
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def sinkhorn(
     logits: Float[Array, "*batch n n"], iterations: int = 20, epsilon: float = 0.0
 ) -> Float[Array, "*batch n n"]:
@@ -40,6 +41,15 @@ def sinkhorn(
     Returns:
         Matrices of the same shape: rows sum to 1 exactly (up to rounding), columns as far as the iterations go.
     """
+
+    def of_part(logits: Array, over: Axes) -> Array:
+        return _sinkhorn(logits, iterations, epsilon)
+
+    return on_parts(of_part, "...ij -> ...ij", logits)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _sinkhorn(logits: Array, iterations: int, epsilon: float) -> Array:
     return forward(logits, iterations=iterations, epsilon=epsilon)
 
 
@@ -56,19 +66,28 @@ def backward(logits: Array, cotangent: Array, *, iterations: int, epsilon: float
 
 
 def _over_chunks(function: Callable[..., Array], *matrices: Array) -> Array:
-    """Applies `function`, written for matrices laid out (n, n, batch) so that the batch fills the vector unit."""
-    *lead, n, _ = matrices[0].shape
-    matrices = tuple(m.reshape(-1, n, n) for m in matrices)
-    batch = matrices[0].shape[0]
-    chunks = -(-batch // CHUNK)
-    if chunks <= 1:
-        result = function(*(m.transpose(1, 2, 0) for m in matrices))
-        return result.transpose(2, 0, 1).reshape(*lead, n, n)
-    padding = ((0, -batch % chunks), (0, 0), (0, 0))
-    # Chunk k holds the matrices k, k + chunks, ...: a batch that is sharded stays where it is.
-    split = tuple(jnp.pad(m, padding).reshape(-1, chunks, n, n).transpose(1, 2, 3, 0) for m in matrices)
-    result = jax.lax.map(lambda chunk: function(*chunk), split)
-    return result.transpose(3, 0, 1, 2).reshape(-1, n, n)[:batch].reshape(*lead, n, n)
+    """Applies `function`, written for matrices laid out (n, n, ...) so that the batch fills the vector unit."""
+
+    def in_a_row(*matrices: Array) -> Array:
+        *lead, n, _ = matrices[0].shape
+        matrices = tuple(m.reshape(-1, n, n) for m in matrices)
+        batch = matrices[0].shape[0]
+        chunks = -(-batch // CHUNK)
+        if chunks <= 1:
+            result = function(*(m.transpose(1, 2, 0) for m in matrices))
+            return result.transpose(2, 0, 1).reshape(*lead, n, n)
+        padding = ((0, -batch % chunks), (0, 0), (0, 0))
+        # Chunk k holds the matrices k, k + chunks, ...: a batch that is sharded stays where it is.
+        split = tuple(jnp.pad(m, padding).reshape(-1, chunks, n, n).transpose(1, 2, 3, 0) for m in matrices)
+        result = jax.lax.map(lambda chunk: function(*chunk), split)
+        return result.transpose(3, 0, 1, 2).reshape(-1, n, n)[:batch].reshape(*lead, n, n)
+
+    def as_they_lie(*matrices: Array) -> Array:
+        # An accelerator has the memory for all of them; and axes that a mesh splits cannot be joined in place.
+        result = function(*(jnp.moveaxis(m, (-2, -1), (0, 1)) for m in matrices))
+        return jnp.moveaxis(result, (0, 1), (-2, -1))
+
+    return jax.lax.platform_dependent(*matrices, cpu=in_a_row, default=as_they_lie)
 
 
 def _row_sums(matrix: Array) -> Array:
@@ -121,7 +140,7 @@ def _backward(logits: Array, cotangent: Array, *, iterations: int, epsilon: floa
 
 
 def _sinkhorn_fwd(logits: Array, iterations: int, epsilon: float) -> tuple[Array, Array]:
-    # Not `sinkhorn`, whose derivative is reverse only: a Hessian takes the forward-mode derivative of this.
+    # Not `_sinkhorn`, whose derivative is reverse only: a Hessian takes the forward-mode derivative of this.
     return forward(logits, iterations=iterations, epsilon=epsilon), logits
 
 
@@ -129,7 +148,7 @@ def _sinkhorn_bwd(iterations: int, epsilon: float, logits: Array, cotangent: Arr
     return (backward(logits, cotangent, iterations=iterations, epsilon=epsilon),)
 
 
-sinkhorn.defvjp(_sinkhorn_fwd, _sinkhorn_bwd)
+_sinkhorn.defvjp(_sinkhorn_fwd, _sinkhorn_bwd)
 
 
 def log_sinkhorn(

@@ -22,15 +22,18 @@ class Traced:
     """`function(shared, *args)`: equal, and of equal hash, to every other of the same operations.
 
     It is called with arrays like those it was traced with, and holds none itself.
+
+    Attributes:
+        out: the types of what it gives, in their tree.
     """
 
-    def __init__(self, jaxpr: core.Jaxpr, tree: Any, key: Any) -> None:
-        self._jaxpr, self._tree, self._key = jaxpr, tree, key
+    def __init__(self, jaxpr: core.Jaxpr, out: Any, key: Any) -> None:
+        self._jaxpr, self.out, self._key = jaxpr, out, key
         self._hash = hash(key)
 
     def __call__(self, shared: Shared, *args: Any) -> Any:
         leaves = jax.core.eval_jaxpr(self._jaxpr, shared, *jax.tree.leaves(args))
-        return jax.tree.unflatten(self._tree, leaves)
+        return jax.tree.unflatten(jax.tree.structure(self.out), leaves)
 
     def __hash__(self) -> int:
         return self._hash
@@ -51,12 +54,11 @@ def trace(function: Callable[..., Any], *args: Any, source: Any = None) -> tuple
     source = function if source is None else source
     # A function of its own, since JAX would remember what it found for one that it has seen.
     closed, out = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
-    tree = jax.tree.structure(out)
     rules: list[Any] = []
-    key: tuple[Any, ...] = (tree, _jaxpr_key(closed.jaxpr, rules))
+    key: tuple[Any, ...] = (jax.tree.structure(out), _jaxpr_key(closed.jaxpr, rules))
     if rules:
-        key = (*key, _derivative_key(Traced(closed.jaxpr, tree, None), closed.consts, args, out, source))
-    return Traced(closed.jaxpr, tree, key), closed.consts
+        key = (*key, _derivative_key(Traced(closed.jaxpr, out, None), closed.consts, args, out, source))
+    return Traced(closed.jaxpr, out, key), closed.consts
 
 
 def _derivative_key(traced: Traced, shared: Shared, args: Any, out: Any, source: Any) -> Any:

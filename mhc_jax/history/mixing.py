@@ -16,6 +16,7 @@ from mhc_jax.history.config import DEFAULTS, MHCConfig
 from mhc_jax.history.window import State
 from mhc_jax.kernels.choice import Implementation, check_implementation, chosen
 from mhc_jax.kernels.history_mix import mix as kernel_mix
+from mhc_jax.meshes import Axes, alike, on_parts
 from mhc_jax.projections import computed_in
 
 
@@ -105,7 +106,10 @@ def mix(
 
 
 def _by_kernel(x: State, states: State, weights: Array) -> State:
-    return jax.tree.map(lambda leaf, rows: kernel_mix(leaf, rows, weights), x, states)
+    def of_part(*arrays: Array, over: Axes) -> Array:
+        return kernel_mix(*alike(*arrays))
+
+    return jax.tree.map(lambda leaf, rows: on_parts(of_part, "... k... k -> ...", leaf, rows, weights), x, states)
 
 
 def _by_xla(x: State, states: State, weights: Array) -> State:

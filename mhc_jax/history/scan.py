@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Key
 
 from mhc_jax.history.config import DEFAULTS, MHCConfig
 from mhc_jax.history.mixing import floating, mixing_weights, weighted_sum
-from mhc_jax.history.window import History, State
+from mhc_jax.history.window import History, State, empty_slots
 from mhc_jax.kernels.choice import Implementation, check_implementation
+from mhc_jax.meshes import explicit_axes, placed_like, same_type, summed_like, vary, varying
 from mhc_jax.monitoring.nonfinite import expect_finite
 from mhc_jax.traced import Shared, Traced, trace
 
@@ -111,7 +112,7 @@ def apply_layers(
     if not len(weights):
         return x
     layers = (params, keys, jnp.arange(len(weights)))
-    function, shared = _close(branch, layers, x, policy)
+    function, shared, x = _placed(branch, layers, x, weights, policy)
     try:
         return _layers(_Stack(function, config.detach_history), shared, layers, x, weights)
     except TypeError as error:
@@ -158,7 +159,7 @@ def apply_layers_carrying(
     x = floating(x)
     weights = _stack_weights(params, x, logits, config, gate_logits, mixing_key)
     layers = (params, None, jnp.arange(len(weights)))
-    function, shared = _close(branch, layers, x, policy, carries=True)
+    function, shared, x = _placed(branch, layers, x, weights, policy, carries=True)
     return _carrying(function, config.detach_history, shared, layers, x, weights)
 
 
@@ -212,6 +213,18 @@ def _stack_weights(
     width = max(min(depth, size), 1)
     live = jnp.minimum(jnp.arange(depth) + 1, width)
     return mixing_weights(logits[:, size - width :], config, live=live, gate_logit=gate_logits, key=mixing_key)
+
+
+def _placed(
+    branch: Callable[..., Any], layers: Any, x: State, weights: Array, policy: Any, carries: bool = False
+) -> tuple[Traced, Shared, State]:
+    """As `_close`, and x as every later state will be on a mesh: layers may split what came whole, or make it vary."""
+    x = vary(varying(weights), x)
+    function, shared = _close(branch, layers, x, policy, carries)
+    if not same_type(x, types := function.out[0] if carries else function.out):
+        x = placed_like(x, types)
+        function, shared = _close(branch, layers, x, policy, carries)
+    return function, shared, x
 
 
 def _close(
@@ -286,7 +299,7 @@ def _layers(stack: _Stack, shared: Shared, layers: Any, x: State, weights: Array
         y = stack.function(shared, params, x)
         return (ring, weighted_sum(y, _read(ring, 0, width), row)), None
 
-    (_, x), _ = lax.scan(body, (_empty(x, width), x), (jnp.arange(depth), layers, _band(weights, layer, held)))
+    (_, x), _ = lax.scan(body, (empty_slots(x, width), x), (jnp.arange(depth), layers, _band(weights, layer, held)))
     return x
 
 
@@ -307,7 +320,7 @@ def _layers_fwd(stack: _Stack, shared: Shared, layers: Any, x: State, weights: A
         return (tape, weighted_sum(y, window, row)), _without(pullback, (shared, params, x))
 
     scanned = (jnp.arange(depth), layers, _band(weights, layer, held))
-    (tape, x), pullbacks = lax.scan(body, (_empty(x, depth), x), scanned)
+    (tape, x), pullbacks = lax.scan(body, (empty_slots(x, depth), x), scanned)
     return x, (tape, pullbacks, shared, layers, weights)
 
 
@@ -326,7 +339,9 @@ class _Form(NamedTuple):
 
 @_compiled
 def _layers_bwd(stack: _Stack, residuals: Any, g: State) -> tuple[Any, Any, State, Array]:
-    backward = {platform: partial(_backward, stack, form) for platform, form in _FORMS.items()}
+    # What Explicit axes split cannot lie in one axis.
+    forms = _FORMS | {"cpu": _FORMS["tpu"]} if any(map(explicit_axes, jax.tree.leaves(g))) else _FORMS
+    backward = {platform: partial(_backward, stack, form) for platform, form in forms.items()}
     return lax.platform_dependent(residuals, g, **backward)
 
 
@@ -366,13 +381,13 @@ def _backward(stack: _Stack, form: _Form, residuals: Any, g: State) -> tuple[Any
         tape = jax.tree.map(lambda rows: rows.reshape(depth, -1), tape)
     live = None if ring else jnp.asarray(held >= k)
     scanned = (jnp.arange(depth), layers, pullbacks, _band(weights, held, k), live, tape if ring else None)
-    cotangents, last = (_empty(hold(g), width), None) if ring else (tape, _read(tape, depth - 1, 1)[0])
+    cotangents, last = (empty_slots(hold(g), width), None) if ring else (tape, _read(tape, depth - 1, 1)[0])
     start = (cotangents, last, g, d_shared)
     (_, _, g, d_shared), (d_layers, d_columns) = lax.scan(body, start, scanned, reverse=True)
     j = np.arange(depth)[:, None]
     k = j - width + 1 + slot
     d_weights = d_columns[np.maximum(k, 0), j % width if ring else j - np.clip(k, 0, depth - width)]
-    return d_shared, d_layers, g, jnp.where(k >= 0, d_weights, 0.0)
+    return d_shared, d_layers, g, summed_like(jnp.where(k >= 0, d_weights, 0.0), weights)
 
 
 _layers.defvjp(_layers_fwd, _layers_bwd)
@@ -383,11 +398,6 @@ def _band(weights: Float[Array, "L W"], j: np.ndarray, k: np.ndarray) -> Float[A
     depth, width = weights.shape
     inside = (k >= 0) & (k <= j) & (k > j - width) & (j < depth)
     return jnp.where(inside, weights[np.minimum(j, depth - 1), np.clip(width - 1 - (j - k), 0, width - 1)], 0.0)
-
-
-def _empty(x: State, slots: int) -> State:
-    # Slots not yet written have weight 0, and hold 0 too, for x may be infinite; but vary over the mesh axes of x.
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(_where(False, leaf), (slots, *leaf.shape)), x)
 
 
 def _where(condition: bool | Array, x: State) -> State:

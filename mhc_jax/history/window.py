@@ -12,6 +12,16 @@ State = Any
 """A pytree of floating-point arrays."""
 
 
+def empty_slots(x: State, slots: int) -> State:
+    """Zeros for so many states, which on a mesh are split as those of x, and vary over the same axes."""
+
+    def of_leaf(leaf: Array) -> Array:
+        zero = jnp.where(False, leaf, jnp.zeros((), leaf.dtype))
+        return jnp.broadcast_to(zero, (slots, *leaf.shape))
+
+    return jax.tree.map(of_leaf, x)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class History:
@@ -37,7 +47,8 @@ class History:
         """
         if max_history < 1:
             raise ValueError(f"max_history must be at least 1, got {max_history!r}")
-        window = jax.tree.map(lambda leaf: jnp.zeros((max_history, *leaf.shape), leaf.dtype).at[-1].set(leaf), x)
+        empty = empty_slots(x, max_history - 1)
+        window = jax.tree.map(lambda rows, leaf: jnp.concatenate([rows, leaf[None]]), empty, x)
         return cls(window, jnp.int32(1))
 
     @property

@@ -8,13 +8,16 @@ import jax
 from jax import lax
 from jaxtyping import Array
 
+from mhc_jax import meshes
+
 Implementation = Literal["xla", "pallas"] | None
 Options = tuple[tuple[str, Any], ...]
 
 # What `None` means, by operation and platform ("cpu", "tpu", "cuda", "rocm"); what is not here is XLA's. XLA's forms
-# run on any mesh, and a program that is split over several TPUs does not compile with a kernel in it ("Mosaic kernels
-# cannot be automatically partitioned"). How many there will be is not known when a choice is made, so a kernel has to
-# be asked for, even where it moves less.
+# run on any mesh. A program that XLA splits over several TPUs, by Auto axes, does not compile with a kernel in it
+# ("Mosaic kernels cannot be automatically partitioned"), and libtpu 0.0.42 does not know the call of
+# `jax.experimental.custom_partitioning`. How many devices there will be is not known when a choice is made, so a kernel
+# has to be asked for, even where it moves less.
 #
 # What the lab says, XLA over kernel (compiled for, bfloat16, 4096 tokens, n = 4, C = 2048):
 #
@@ -71,7 +74,8 @@ def implemented(
 ) -> Any:
     """`chosen` of two functions `(*arrays, **options)`, of which JAX cannot differentiate the kernel. None is no array.
 
-    What is not given a rule of its own (second derivatives, then) is differentiated as `xla`.
+    What is not given a rule of its own (second derivatives, then) is differentiated as `xla`. In `jax.shard_map` the
+    results vary over all axes of the mesh over which any of the arrays does.
     """
 
     def call(*arrays: Array | None, **options: Any) -> Any:
@@ -82,16 +86,19 @@ def implemented(
 
         # No numbers are no block to work on.
         some = all(array.size for array in jax.tree.leaves(arrays))
+        arrays = meshes.alike(*arrays)
         return chosen(operation, implementation if some else "xla", by_kernel, plain)(*arrays)
 
     return call
 
 
+# Compiled, so that a call outside jit finds what an earlier one compiled; inside, the kernel stands as it is.
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _kernel(
     kernel: Callable[..., Any], xla: Callable[..., Any], options: Options, arrays: tuple[Array | None, ...]
 ) -> Any:
-    return _launched(kernel, options, arrays)
+    return kernel(*arrays, **dict(options))
 
 
 @_kernel.defjvp
@@ -100,9 +107,3 @@ def _kernel_jvp(
 ) -> tuple[Any, Any]:
     plain = partial(xla, **dict(options))
     return _kernel(kernel, xla, options, *primals), jax.jvp(plain, *primals, *tangents)[1]
-
-
-# Compiled, so that a call outside jit finds what an earlier one compiled; inside, the kernel stands as it is.
-@partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _launched(kernel: Callable[..., Any], options: Options, arrays: tuple[Array | None, ...]) -> Any:
-    return kernel(*arrays, **dict(options))

@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
 from mhc_jax.kernels.choice import implemented
-from mhc_jax.kernels.launch import LANES, cost
+from mhc_jax.kernels.launch import LANES, cost, launched
 
 # Rows of 128 lanes that one program of the grid works on. A GPU holds them in registers, a TPU in its vector memory,
 # where window and output together must stay within a few megabytes.
@@ -94,7 +94,7 @@ def _forward(x: Array, states: Array, weights: Array, *, rows: int, options: dic
 
     window_lanes = _in_lanes(states, x.size)
     one, window, table = _blocks(count, rows)
-    out = pl.pallas_call(
+    out = launched(
         kernel,
         grid=(pl.cdiv(lanes.shape[1], rows),),
         in_specs=[one, window, table],
@@ -124,7 +124,7 @@ def _backward(g: Array, states: Array, weights: Array, *, rows: int, options: di
 
     window_lanes = _in_lanes(states, g.size)
     one, window, table = _blocks(count, rows)
-    d_states, partials = pl.pallas_call(
+    d_states, partials = launched(
         kernel,
         grid=(programs,),
         in_specs=[one, window, table],

@@ -4,6 +4,7 @@ A block is (tokens, features): what one program of the grid works on at a time.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,38 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
+
+from mhc_jax import meshes
 
 LANES = 128
 # Blocks of the kernels that multiply no matrices: registers of a GPU, vector memory of a TPU.
 GPU_BLOCK = (8, 128)
 TPU_BLOCK = (128, 512)
+
+
+def launched(kernel: Callable[..., None], **options: Any) -> Callable[..., Any]:
+    """`pl.pallas_call`; inside `jax.shard_map` the results vary over the axes of the mesh that an argument varies over.
+
+    The interpreter cannot follow which axes that are, so it is not asked to, and JAX is told afterwards.
+    """
+    call = pl.pallas_call(kernel, **options)
+
+    def of_parts(*arguments: Array) -> Any:
+        manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+        if not manual:
+            return call(*arguments)
+        whole = PartitionSpec()
+
+        def untyped(*arguments: Array) -> Any:
+            # Where nothing is checked, a reshape forgets the axes.
+            return call(*(argument[None].reshape(argument.shape) for argument in arguments))
+
+        unchecked = jax.shard_map(untyped, in_specs=whole, out_specs=whole, axis_names=manual, check_vma=False)
+        return meshes.vary(meshes.varying(arguments), unchecked(*arguments))
+
+    return of_parts
 
 
 def on_every_platform(function: Any, *arguments: Array, tpu: Any, gpu: Any) -> Any:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from mhc_jax import sinkhorn as xla
 from mhc_jax.kernels.choice import implemented
-from mhc_jax.kernels.launch import LANES, cost, on_every_platform
+from mhc_jax.kernels.launch import LANES, cost, launched, on_every_platform
 
 # Rows of 128 matrices that one program works on. Element [i, j] of all of them is one vector: a thread's register on a
 # GPU, a whole vector register on a TPU. A sum over rows or columns is a sum of vectors, and no lane waits for another.
@@ -72,7 +72,7 @@ def _call(function: Callable[..., Matrix], *arguments: Array, name: str, flops: 
         padding = ((0, -batch % (block * LANES)), (0, 0), (0, 0))
         lanes = [jnp.pad(a, padding).transpose(1, 2, 0).reshape(n, n, -1, LANES) for a in arrays]
         spec = pl.BlockSpec((n, n, block, LANES), lambda b: (0, 0, b, 0))
-        result = pl.pallas_call(
+        result = launched(
             kernel,
             grid=(lanes[0].shape[2] // block,),
             in_specs=[spec] * len(lanes),

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from mhc_jax.kernels.launch import LANES, rows
+from mhc_jax.kernels.launch import LANES, launched, rows
 
 GROUP = 8  # tokens: the rows of a register
 TOKENS = 128  # of a tile at most: the tokens of a register of maps
@@ -308,7 +308,7 @@ def forward(
         jax.ShapeDtypeStruct(output.shape, dtype),
         jax.ShapeDtypeStruct((tiles, s.logits + 8, LANES), F32),
     ]
-    new, inputs, sums = pl.pallas_call(
+    new, inputs, sums = launched(
         kernel,
         name="boundary_forward",
         grid=(tiles,),
@@ -533,7 +533,7 @@ def backward(
         jax.ShapeDtypeStruct((tiles, n * rows_of_map + above, LANES), F32),
         jax.ShapeDtypeStruct((cores, s.phi, s.width), F32),
     ]
-    dx, dy, d_maps, d_phi = pl.pallas_call(
+    dx, dy, d_maps, d_phi = launched(
         kernel,
         name="boundary_backward",
         grid=(cores, turns),

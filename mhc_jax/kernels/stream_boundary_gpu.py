@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-from mhc_jax.kernels.launch import cost, filled, rows
+from mhc_jax.kernels.launch import cost, filled, launched, rows
 
 TOKENS = 32  # of a program
 FEATURES = 64  # of a step, with up to 4 streams: a thread has 8 of each array
@@ -209,7 +209,7 @@ def forward(
         jax.ShapeDtypeStruct((output.shape[0], height), F32),
         jax.ShapeDtypeStruct(output.shape[:1], F32),
     ]
-    new, inputs, raw, squares = pl.pallas_call(
+    new, inputs, raw, squares = launched(
         kernel,
         name="boundary_forward",
         grid=(output.shape[0] // TOKENS,),
@@ -367,7 +367,7 @@ def backward(
         jax.ShapeDtypeStruct(weights.shape, F32),
     ]
     arguments = streams, output, d_new, d_input, table, d_raw, weights
-    dx, dy, d_maps, d_phi = pl.pallas_call(
+    dx, dy, d_maps, d_phi = launched(
         kernel,
         name="boundary_backward",
         grid=(output.shape[0] // TOKENS,),

@@ -14,7 +14,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from mhc_jax.kernels.launch import GPU_BLOCK, LANES, TPU_BLOCK, common, cost, filled, on_every_platform, rows, specs
+from mhc_jax.kernels.launch import (
+    GPU_BLOCK,
+    LANES,
+    TPU_BLOCK,
+    common,
+    cost,
+    filled,
+    launched,
+    on_every_platform,
+    rows,
+    specs,
+)
 from mhc_jax.streams import norm
 
 
@@ -32,12 +43,13 @@ TPU_PROJECT, TPU_BACKWARD = Products(128, (128, 512), 1), Products(128, (128, 51
 
 def project(
     streams: Float[Array, "*tokens n C"], phi: Float[Array, "nC m"], epsilon: float
-) -> tuple[Float[Array, "*tokens m"], Float[Array, "*tokens 1"]]:
-    """vec(X) phi, and 1 / sqrt(mean(vec(X)^2) + epsilon), in the dtype of `phi`."""
+) -> tuple[Float[Array, "*tokens m"], Float[Array, "*tokens 3"]]:
+    """vec(X) phi, and `norm.squares` of vec(X), in the dtype of `phi`."""
+    del epsilon  # of the squares all three sums are taken in one pass
+
     arguments = rows(streams, 2), phi
     raw, squares = on_every_platform(_project, *arguments, tpu=TPU_PROJECT, gpu=GPU_PROJECT)
-    inverse = norm.inverse_rms_of_squares(squares, phi.shape[0], epsilon)
-    return raw.reshape(*streams.shape[:-2], -1), inverse.reshape(*streams.shape[:-2], 1)
+    return raw.reshape(*streams.shape[:-2], -1), squares.reshape(*streams.shape[:-2], 3)
 
 
 def collapse(pre: Float[Array, "*tokens n"], streams: Float[Array, "*tokens n C"]) -> Float[Array, "*tokens C"]:
@@ -117,7 +129,7 @@ def _project(streams: Array, phi: Array, *, block: Products, options: dict[str, 
     grid = streams.shape[0] // block.tokens, streams.shape[2] // span
     wide, _, _ = specs(n, height, (block.tokens, span))
     partial_sums = jax.ShapeDtypeStruct((grid[1], streams.shape[0], height), phi.dtype)
-    parts = pl.pallas_call(
+    parts = launched(
         kernel,
         grid=grid,
         in_specs=[wide, pl.BlockSpec((n, height, span), lambda t, c: (0, 0, c))],
@@ -144,7 +156,7 @@ def _collapse(pre: Array, streams: Array, *, block: tuple[int, int], options: di
 
     wide, one, maps = specs(n, table.shape[1], block)
     collapsed = jax.ShapeDtypeStruct((streams.shape[0], streams.shape[2]), streams.dtype)
-    out = pl.pallas_call(
+    out = launched(
         kernel,
         grid=(streams.shape[0] // block[0], streams.shape[2] // block[1]),
         in_specs=[maps, wide],
@@ -172,7 +184,7 @@ def _collapse_weights(
 
     wide, one, _ = specs(n, width, block)
     partial_sums = jax.ShapeDtypeStruct((grid[1], streams.shape[0], width), dtype)
-    parts = pl.pallas_call(
+    parts = launched(
         kernel,
         grid=grid,
         in_specs=[one, wide],
@@ -229,7 +241,7 @@ def _backward(
     grid = streams.shape[0] // many, streams.shape[2] // features
     wide, one, maps = specs(n, table.shape[1], (many, features))
     partial_sums = jax.ShapeDtypeStruct((grid[0], *tiles.shape[:2], streams.shape[2]), dtype)
-    d_streams, parts = pl.pallas_call(
+    d_streams, parts = launched(
         kernel,
         grid=grid,
         in_specs=[

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from mhc_jax.kernels.launch import GPU_BLOCK, TPU_BLOCK, cost, filled, on_every_platform, rows, specs
+from mhc_jax.kernels.launch import GPU_BLOCK, TPU_BLOCK, cost, filled, launched, on_every_platform, rows, specs
 
 
 def write(
@@ -58,7 +58,7 @@ def _forward(streams: Array, output: Array, table: Array, *, block: tuple[int, i
             new_ref[:, i, :] = total.astype(new_ref.dtype)
 
     wide, one, maps = specs(n, table.shape[1], block)
-    new = pl.pallas_call(
+    new = launched(
         kernel,
         grid=(streams.shape[0] // block[0], streams.shape[2] // block[1]),
         in_specs=[wide, one, maps],
@@ -111,7 +111,7 @@ def _backward(
 
     wide, one, maps = specs(n, table.shape[1], block)
     partial_sums = jax.ShapeDtypeStruct((grid[1], *table.shape), table.dtype)
-    d_streams, d_output, parts = pl.pallas_call(
+    d_streams, d_output, parts = launched(
         kernel,
         grid=grid,
         in_specs=[wide, wide, one, maps],

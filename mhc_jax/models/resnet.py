@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mhc_jax.history.config import DEFAULTS, MHCConfig
+from mhc_jax.kernels.choice import Implementation
 from mhc_jax.monitoring.connection import Shown, show_history
 from mhc_jax.monitoring.figures import history_figures
 from mhc_jax.monitoring.nonfinite import expect_finite
@@ -31,6 +32,7 @@ class MHCResNet(nnx.Module):
         block: `MHCBasicBlock` or `MHCBottleneck`.
         max_history: window H, 4 by default.
         config: all options in one value; keywords, the fields of `MHCConfig`, change single ones.
+        implementation: as of `mhc_jax.history.mix`.
         rngs: for the parameters, and for the noise of `stochastic`.
 
     Attributes:
@@ -60,6 +62,7 @@ class MHCResNet(nnx.Module):
         block: type[MHCBasicBlock] | type[MHCBottleneck] = MHCBasicBlock,
         max_history: int | None = None,
         config: MHCConfig | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
@@ -72,7 +75,8 @@ class MHCResNet(nnx.Module):
         for stage, size in enumerate(stage_sizes):
             for index in range(size):
                 strides = 2 if stage > 0 and index == 0 else 1
-                blocks.append(block(width, features * 2**stage, strides, config=config, rngs=rngs))
+                kind: dict[str, Any] = {"config": config, "implementation": implementation}
+                blocks.append(block(width, features * 2**stage, strides, rngs=rngs, **kind))
                 width = block.expansion * features * 2**stage
         self.blocks = nnx.List(blocks)
         self.config = config

@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from mhc_jax.history.config import DEFAULTS, MHCConfig
+from mhc_jax.kernels.choice import Implementation
 from mhc_jax.nn.conv import Image, Output, fit
 from mhc_jax.nn.skip import MHCSkip
 from mhc_jax.options import resolve
@@ -23,13 +24,21 @@ def norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
 class _Block(nnx.Module):
     """What basic and bottleneck blocks share: the skip, and the projection of the window to a new shape."""
 
-    def __init__(self, in_features: int, out_features: int, strides: int, config: MHCConfig, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        strides: int,
+        config: MHCConfig,
+        implementation: Implementation,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.downsample = (
             nnx.Sequential(conv(in_features, out_features, 1, strides, rngs), norm(out_features, rngs))
             if strides != 1 or in_features != out_features
             else None
         )
-        self.skip = MHCSkip(config=config, rngs=rngs)
+        self.skip = MHCSkip(config=config, implementation=implementation, rngs=rngs)
 
     def branch(self, x: Image) -> Output:
         raise NotImplementedError
@@ -61,6 +70,7 @@ class MHCBasicBlock(_Block):
         strides: of the first convolution.
         max_history: window H, 4 by default.
         config: all options in one value; keywords, the fields of `MHCConfig`, change single ones.
+        implementation: as of `mhc_jax.history.mix`.
         rngs: for the parameters, and for the noise of `stochastic`.
 
     Attributes:
@@ -87,11 +97,12 @@ class MHCBasicBlock(_Block):
         max_history: int | None = None,
         *,
         config: MHCConfig | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
         config = resolve(DEFAULTS, config, max_history=max_history, **options)
-        super().__init__(in_features, features, strides, config, rngs)
+        super().__init__(in_features, features, strides, config, implementation, rngs)
         self.conv1, self.bn1 = conv(in_features, features, 3, strides, rngs), norm(features, rngs)
         self.conv2, self.bn2 = conv(features, features, 3, 1, rngs), norm(features, rngs)
 
@@ -112,6 +123,7 @@ class MHCBottleneck(_Block):
         strides: of the 3x3 convolution.
         max_history: window H, 4 by default.
         config: all options in one value; keywords, the fields of `MHCConfig`, change single ones.
+        implementation: as of `mhc_jax.history.mix`.
         rngs: for the parameters, and for the noise of `stochastic`.
 
     Attributes:
@@ -138,12 +150,13 @@ class MHCBottleneck(_Block):
         max_history: int | None = None,
         *,
         config: MHCConfig | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
         wide = self.expansion * features
         config = resolve(DEFAULTS, config, max_history=max_history, **options)
-        super().__init__(in_features, wide, strides, config, rngs)
+        super().__init__(in_features, wide, strides, config, implementation, rngs)
         self.conv1, self.bn1 = conv(in_features, features, 1, 1, rngs), norm(features, rngs)
         self.conv2, self.bn2 = conv(features, features, 3, strides, rngs), norm(features, rngs)
         self.conv3, self.bn3 = conv(features, wide, 1, 1, rngs), norm(wide, rngs)

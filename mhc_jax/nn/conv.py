@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mhc_jax.history.config import DEFAULTS, MHCConfig
+from mhc_jax.kernels.choice import Implementation
 from mhc_jax.nn.skip import MHCSkip
 from mhc_jax.options import resolve
 
@@ -34,6 +35,7 @@ class MHCConv(nnx.Module):
             with one entry for each spatial axis.
         max_history: window H, 4 by default.
         config: all options in one value; keywords, the fields of `MHCConfig`, change single ones.
+        implementation: as of `mhc_jax.history.mix`.
         rngs: for the parameters, and for the noise of `stochastic`.
 
     Attributes:
@@ -69,6 +71,7 @@ class MHCConv(nnx.Module):
         padding: str | int = "SAME",
         use_bias: bool = True,
         config: MHCConfig | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
@@ -82,7 +85,7 @@ class MHCConv(nnx.Module):
             if in_features != out_features or strides != 1
             else None
         )
-        self.skip = MHCSkip(config=config, rngs=rngs)
+        self.skip = MHCSkip(config=config, implementation=implementation, rngs=rngs)
 
     def __call__(self, x: Image) -> Output:
         """The layer alone: the window holds `x` only."""

@@ -24,9 +24,10 @@ from jaxtyping import Array, Float
 from mhc_jax.kernels import stream_boundary as kernels
 from mhc_jax.kernels import stream_boundary_gpu as gpu_kernels
 from mhc_jax.kernels.choice import Implementation, check_implementation, implemented
+from mhc_jax.meshes import Axes, alike, feature_axes, on_parts
 from mhc_jax.streams import forms, norm
 from mhc_jax.streams.config import StreamConfig
-from mhc_jax.streams.connect import check_single_pass, expand, fitted, reduce, write
+from mhc_jax.streams.connect import check_single_pass, expand, fitted, read, reduce, write
 from mhc_jax.streams.constraints import CONSTRAINTS
 from mhc_jax.streams.depth import depth_of, scan_any
 from mhc_jax.streams.maps import (
@@ -91,6 +92,10 @@ def boundary(
     """
     check_params(params, streams, config)
     output = _written(streams, output, post, res)
+    if feature_axes(streams):
+        # A token lies on several devices, and they have to add up its projection before any of them can read it.
+        new = write(streams, output, post, res, implementation=implementation)
+        return new, *read(params, new, config, implementation=implementation)
     return _checked(params, streams, output, post, res, config, implementation)
 
 
@@ -154,11 +159,20 @@ def _checked(
 ) -> tuple[Array, Array, Array, Array | None]:
     check_single_pass(config, False)
     check_implementation(implementation)
-    if config.norm == "rms" or params.phi is None:
-        new, x, next_post, next_res = _boundary(params, streams, output, post, res, config, implementation)
-    else:
+    if config.norm != "rms" and params.phi is not None:
         check_norm(config, implementation)
-        new, x, next_post, next_res = _boundary_plainly(params, streams, output, post, res, config)
+
+    def of_part(
+        phi: Array | None, alpha: Array | None, bias: Array, *arrays: Array | None, over: Axes
+    ) -> tuple[Array, ...]:
+        if config.norm == "rms" or phi is None:
+            params, *arrays = alike(StreamParams(phi, alpha, bias), *arrays)
+            return _boundary(params, *arrays, config, implementation)
+        return _boundary_plainly(StreamParams(phi, alpha, bias), *arrays, config)
+
+    streams_and_phi = ("...f", "fm") if streams.ndim == output.ndim else ("...nc", "nc,m")
+    layout = "{1} a m {0} ...c ...n ...nn -> {0} ...c ...n ...nn".format(*streams_and_phi)
+    new, x, next_post, next_res = on_parts(of_part, layout, *params, streams, output, post, res)
     return new, x, next_post, next_res if CONSTRAINTS[config.constraint].mixes else None
 
 
@@ -389,12 +403,12 @@ def apply_branches(
     """
     lead, width, dtype = x.shape[:-1], x.shape[-1], jnp.promote_types(x.dtype, jnp.float32)
     branches = _branches(layer, params)
-    by_kernels = any(implementation == "pallas" for _, implementation in branches)
+    flat = any(implementation == "pallas" for _, implementation in branches) and not feature_axes(x)
     mixes = any(CONSTRAINTS[config.constraint].mixes for config, _ in branches[-1:])
     # The first boundary passes the streams on: H_res is 1, and no branch has written.
     no_post = jnp.zeros((*lead, streams), dtype)
     first: tuple[Any, ...] = (
-        _flat(expand(x, streams), x) if by_kernels else expand(x, streams),
+        _flat(expand(x, streams), x) if flat else expand(x, streams),
         jnp.zeros_like(x),
         no_post,
         forms.mixing(None, no_post) if mixes else None,

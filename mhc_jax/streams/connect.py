@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from mhc_jax.kernels import stream_read as read_kernels
 from mhc_jax.kernels import stream_write as write_kernels
 from mhc_jax.kernels.choice import Implementation, check_implementation, implemented
+from mhc_jax.meshes import Axes, alike, on_parts, total, vary, varying, whole_size, without
 from mhc_jax.streams import forms
 from mhc_jax.streams.config import StreamConfig
 from mhc_jax.streams.constraints import CONSTRAINTS
@@ -54,25 +55,40 @@ def read(
     check_params(params, streams, config)
     check_single_pass(config, False)
     check_implementation(implementation)
-    if params.phi is None or params.alpha is None:
-        x, post, res = _read_plainly(params, streams, config)
-    elif config.norm == "rms":
-        x, post, res = _read(*params, streams, config, implementation)
-    else:
+    if params.phi is not None and config.norm != "rms":
         check_norm(config, implementation)
-        x, post, res = jax.checkpoint(_read_plainly, static_argnums=2)(params, streams, config)
+
+    def of_part(phi: Array | None, alpha: Array | None, bias: Array, streams: Array, over: Axes) -> tuple[Array, ...]:
+        if phi is None or alpha is None:
+            return _read_plainly(StreamParams(phi, alpha, bias), streams, config, over)
+        if config.norm != "rms":
+            plainly = jax.checkpoint(_read_plainly, static_argnums=(2, 3))
+            return plainly(StreamParams(phi, alpha, bias), streams, config, over)
+        phi, streams = alike(phi, streams)
+        few = without(varying(streams), over)
+        return _read(phi, *vary(few, (alpha, bias)), streams, config, implementation, over)
+
+    x, post, res = on_parts(of_part, "nc,m a m ...nc -> ...c ...n ...nn", *params, streams)
     return x, post, res if CONSTRAINTS[config.constraint].mixes else None
 
 
-def _read_plainly(params: StreamParams, streams: Array, config: StreamConfig) -> tuple[Array, Array, Array]:
-    pre, post, res = maps(params, streams, config)
-    return collapse(pre, streams), post, res
+def _read_plainly(params: StreamParams, streams: Array, config: StreamConfig, over: Axes) -> tuple[Array, Array, Array]:
+    pre, post, res = maps(params, streams, config, over)
+    return _collapse(pre, streams, None), post, res
 
 
 def collapse(
     pre: Float[Array, "*tokens n"], streams: Float[Array, "*tokens n C"], *, implementation: Implementation = None
 ) -> Float[Array, "*tokens C"]:
     """The branch's input H_pre X, in the dtype of the streams."""
+
+    def of_part(streams: Array, pre: Array, over: Axes) -> Array:
+        return _collapse(pre, streams, implementation)
+
+    return on_parts(of_part, "...nc ...n -> ...c", streams, pre)
+
+
+def _collapse(pre: Array, streams: Array, implementation: Implementation) -> Array:
     return implemented("stream_read", implementation, read_kernels.collapse, _collapse_by_xla)(pre, streams)
 
 
@@ -84,23 +100,38 @@ def _collapse_weights_by_xla(d_input: Array, streams: Array, *, dtype: Any) -> A
     return jnp.einsum("...c,...nc->...n", d_input.astype(dtype), streams.astype(dtype))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+# Where features are split, phi and the streams vary `over` axes of the mesh, over which all else is the same.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _read(
-    phi: Array, alpha: Array, bias: Array, streams: Array, config: StreamConfig, implementation: Implementation
+    phi: Array,
+    alpha: Array,
+    bias: Array,
+    streams: Array,
+    config: StreamConfig,
+    implementation: Implementation,
+    over: Axes,
 ) -> tuple[Array, Array, Array]:
-    raw, inverse_rms = raw_logits(phi, streams, config, implementation)
+    raw, inverse_rms = raw_logits(phi, streams, config, implementation, over)
     pre, post, res = maps_from_normalized(raw * inverse_rms, alpha, bias, config, implementation)
-    return collapse(pre, streams, implementation=implementation), post, res
+    return _collapse(pre, streams, implementation), post, res
 
 
 def _read_fwd(
-    phi: Array, alpha: Array, bias: Array, streams: Array, config: StreamConfig, implementation: Implementation
+    phi: Array,
+    alpha: Array,
+    bias: Array,
+    streams: Array,
+    config: StreamConfig,
+    implementation: Implementation,
+    over: Axes,
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
-    raw, inverse_rms = raw_logits(phi, streams, config, implementation)
+    raw, inverse_rms = raw_logits(phi, streams, config, implementation, over)
     # By `jax.vjp`, which puts the forward pass of `sinkhorn` in its place: a Hessian needs derivatives of both modes.
     maps_of = partial(maps_from_normalized, config=config, implementation=implementation)
     (pre, post, res), _ = jax.vjp(maps_of, raw * inverse_rms, alpha, bias)
-    return (collapse(pre, streams, implementation=implementation), post, res), (
+    return (_collapse(pre, streams, implementation), post, res), (
         phi,
         alpha,
         bias,
@@ -113,6 +144,7 @@ def _read_fwd(
 def _read_bwd(
     config: StreamConfig,
     implementation: Implementation,
+    over: Axes,
     saved: tuple[Array, ...],
     cotangents: tuple[Array, Array, Array],
 ) -> tuple[Array, Array, Array, Array]:
@@ -123,11 +155,12 @@ def _read_bwd(
     maps_again = partial(maps_from_normalized, config=config, implementation=implementation)
     (pre, _, _), pullback = jax.vjp(maps_again, normalized, alpha, bias)
     weights = implemented("stream_read", implementation, read_kernels.collapse_weights, _collapse_weights_by_xla)
-    d_pre = weights(d_input, streams, dtype=dtype)
+    d_pre = total(weights(d_input, streams, dtype=dtype), over)
     d_normalized, d_alpha, d_bias = pullback(Maps(d_pre, d_post, d_res))
     # Through 1 / rms, vec(X) gets radial * (vec(X) / rms). No factor here is the square of a stream, or of 1 / rms.
     d_raw = d_normalized * inverse_rms
-    radial = -jnp.sum(d_normalized * normalized, axis=-1, keepdims=True) * inverse_rms / phi.shape[0]
+    size = whole_size(phi.shape[0], over)
+    radial = -jnp.sum(d_normalized * normalized, axis=-1, keepdims=True) * inverse_rms / size
     backward = implemented("stream_read", implementation, read_kernels.backward, _backward_by_xla)
     d_streams, d_phi = backward(streams, phi.astype(dtype), pre, d_input, d_raw, radial, inverse_rms)
     return d_phi.astype(phi.dtype), d_alpha, d_bias, d_streams
@@ -170,7 +203,12 @@ def write(
     if jnp.shape(output) != expected:
         raise ValueError(f"the branch must keep the shape of its input {expected}, its output has {jnp.shape(output)}")
     check_implementation(implementation)
-    return _write(streams, fitted(output, streams.dtype), post, res, implementation)
+
+    def of_part(*arrays: Array | None, over: Axes) -> Array:
+        return _write(*alike(*arrays), implementation)
+
+    layout = "...nc ...c ...n ...nn -> ...nc"
+    return on_parts(of_part, layout, streams, fitted(output, streams.dtype), post, res)
 
 
 def fitted(output: Float[Array, "*tokens C"], dtype: Any) -> Float[Array, "*tokens C"]:
@@ -267,10 +305,12 @@ def single_pass(
 
     @jax.checkpoint  # of the maps nothing is kept but the streams
     def maps_of(params: StreamParams, streams: Array) -> Maps:
-        if params.phi is None or params.alpha is None:
-            return maps(params, streams, config)
-        normalized = normalized_logits(params.phi, streams, config, implementation)
-        return maps_from_normalized(normalized, params.alpha, params.bias, config, implementation)
+        def of_part(
+            phi: Array | None, alpha: Array | None, bias: Array, streams: Array, over: Axes
+        ) -> tuple[Array, ...]:
+            return tuple(maps(StreamParams(phi, alpha, bias), streams, config, over, implementation))
+
+        return Maps(*on_parts(of_part, "nc,m a m ...nc -> ...n ...n ...nn", *params, streams))
 
     def connected(params: StreamParams, streams: Array, pre: Array, *args: Any, **kwargs: Any) -> tuple[Array, Array]:
         check_params(params, streams, config)
@@ -336,7 +376,9 @@ def head(
     """
     check_streams(params.phi, streams, config, config.streams)
     check_implementation(implementation)
-    pre = read_weights(
-        params.alpha * normalized_logits(params.phi, streams, config, implementation) + params.bias, config
-    )
-    return collapse(pre, streams, implementation=implementation)
+
+    def of_part(phi: Array, alpha: Array, bias: Array, streams: Array, over: Axes) -> Array:
+        normalized = normalized_logits(phi, streams, config, implementation, over)
+        return _collapse(read_weights(alpha * normalized + bias, config), streams, implementation)
+
+    return on_parts(of_part, "nc,m a m ...nc -> ...c", *params, streams)

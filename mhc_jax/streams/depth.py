@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mhc_jax.meshes import placed_like, same_type
 from mhc_jax.traced import Shared, Traced, trace
 
 
@@ -81,6 +82,10 @@ def scan_any(
         return (carry, None) if carries else carry
     first = jax.eval_shape(lambda params: jax.tree.map(lambda leaf: leaf[0], params), params)
     function, shared = trace(layer, first, carry, source=source)
+    # On a mesh, layers may split what came whole, or make it vary.
+    if not same_type(carry, types := function.out[0] if carries else function.out):
+        carry = placed_like(carry, types)
+        function, shared = trace(layer, first, carry, source=source)
     carry, beside = _scan(function, block_length, wide, policy, carries, shared, params, carry)
     return (carry, beside) if carries else carry
 

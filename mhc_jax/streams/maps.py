@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from mhc_jax.kernels import stream_read as read_kernels
 from mhc_jax.kernels.choice import Implementation, implemented, refuse_kernels
+from mhc_jax.meshes import Axes, total
 from mhc_jax.streams import forms, norm
 from mhc_jax.streams.config import StreamConfig
 from mhc_jax.streams.constraints import CONSTRAINTS
@@ -80,29 +81,46 @@ def init_params(
     return StreamParams(jnp.zeros((n * width, config.logits), dtype), jnp.full(3, start.gates, dtype), bias)
 
 
-def maps(params: StreamParams, streams: Float[Array, "*tokens n C"], config: StreamConfig) -> Maps:
-    """H_pre, H_post and H_res of every token, in float32 (float64 for float64 streams)."""
+def maps(
+    params: StreamParams,
+    streams: Float[Array, "*tokens n C"],
+    config: StreamConfig,
+    over: Axes = (),
+    implementation: Implementation = None,
+) -> Maps:
+    """H_pre, H_post and H_res of every token, in float32 (float64 for float64 streams).
+
+    Args:
+        over: as of `raw_logits`.
+    """
     check_params(params, streams, config)
     lead = streams.shape[:-2]
     dtype = jnp.promote_types(streams.dtype, jnp.float32)
     if params.phi is None or params.alpha is None:
         static = _maps_from_logits(params.bias.astype(dtype), config)
         return Maps(*(jnp.broadcast_to(m, lead + m.shape) for m in static))
-    return maps_from_normalized(normalized_logits(params.phi, streams, config), params.alpha, params.bias, config)
+    normalized = normalized_logits(params.phi, streams, config, implementation, over)
+    return maps_from_normalized(normalized, params.alpha, params.bias, config, implementation)
 
 
-def normalized_logits(phi: Array, streams: Array, config: StreamConfig, implementation: Implementation = None) -> Array:
+def normalized_logits(
+    phi: Array, streams: Array, config: StreamConfig, implementation: Implementation = None, over: Axes = ()
+) -> Array:
     """RMSNorm(vec X) phi, or what `config.norm` has in place of RMSNorm.
+
+    Args:
+        over: as of `raw_logits`.
 
     Raises:
         ValueError: "pallas" for a norm that the kernels have not.
     """
     if config.norm == "rms":
-        raw, inverse_rms = raw_logits(phi, streams, config, implementation)
+        raw, inverse_rms = raw_logits(phi, streams, config, implementation, over)
         return raw * inverse_rms
     check_norm(config, implementation)
     wide = streams.astype(jnp.promote_types(streams.dtype, jnp.float32))
-    return forms.projected(NORMS[config.norm](wide, config.norm_epsilon), phi.astype(wide.dtype))
+    normed = NORMS[config.norm](wide, config.norm_epsilon, over)
+    return total(forms.projected(normed, phi.astype(wide.dtype)), over)
 
 
 def check_norm(config: StreamConfig, implementation: Implementation) -> None:
@@ -112,20 +130,26 @@ def check_norm(config: StreamConfig, implementation: Implementation) -> None:
 
 
 def raw_logits(
-    phi: Array, streams: Array, config: StreamConfig, implementation: Implementation = None
+    phi: Array, streams: Array, config: StreamConfig, implementation: Implementation = None, over: Axes = ()
 ) -> tuple[Array, Array]:
     """vec(X) phi, and 1 / rms(vec X): normalizing after the projection spares a normalized copy of the streams.
 
     Of the norm "rms" alone, as are the derivatives of `read` and `boundary` that use it.
+
+    Args:
+        over: axes of the mesh that features are split over: one sum over them makes both.
     """
     phi = phi.astype(jnp.promote_types(streams.dtype, jnp.float32))
     project = implemented("stream_read", implementation, read_kernels.project, _project_by_xla)
-    return project(streams, phi, epsilon=config.norm_epsilon)
+    raw, squares = project(streams, phi, epsilon=config.norm_epsilon)
+    if over:
+        raw, squares = jnp.split(total(jnp.concatenate([raw, squares], -1), over), [raw.shape[-1]], -1)
+    return raw, norm.inverse_rms_of(forms.flattened(streams).astype(phi.dtype), squares, config.norm_epsilon, over)
 
 
 def _project_by_xla(streams: Array, phi: Array, *, epsilon: float) -> tuple[Array, Array]:
     wide = streams.astype(phi.dtype)
-    return forms.projected(wide, phi), norm.inverse_rms(forms.flattened(wide), epsilon)
+    return forms.projected(wide, phi), norm.squares(forms.flattened(wide), epsilon)
 
 
 def maps_from_normalized(

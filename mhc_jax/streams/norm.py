@@ -15,6 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from mhc_jax.meshes import Axes, total, whole_size
+
+Norm = Callable[[Array, float, Axes], Array]
+
 # In units of the largest exponent of the dtype over 128.
 _SHIFT, _LARGE, _SMALL = 72, 120, -76
 
@@ -39,10 +43,12 @@ def inverse_rms_of_squares(squares: Float[Array, "*batch 3"], size: int, epsilon
     return result
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
 @partial(jax.jit, static_argnums=1, inline=True)
-def inverse_rms(x: Float[Array, "*batch size"], epsilon: float) -> Float[Array, "*batch 1"]:
-    """``1 / sqrt(mean(x^2) + epsilon)`` over the last axis."""
+def squares(x: Float[Array, "*batch size"], epsilon: float) -> Float[Array, "*batch 3"]:
+    """The sums of squares over the last axis with each of the `scales`, those that `epsilon` leaves a need for.
+
+    For `inverse_rms_of`, which knows the derivative: here there is none.
+    """
 
     def of_scales(count: int, x: Array) -> Array:
         sums = [jnp.sum(x * scale * (x * scale), axis=-1) for scale in scales(x.dtype)[:count]]
@@ -54,56 +60,84 @@ def inverse_rms(x: Float[Array, "*batch size"], epsilon: float) -> Float[Array, 
         sound = plain < _power(x.dtype, _LARGE)
         if epsilon < _power(x.dtype, _SMALL) / x.shape[-1]:
             sound &= plain > _power(x.dtype, _SMALL)
-        return lax.cond(
-            sound.all(), lambda: jnp.pad(plain, [(0, 0)] * (plain.ndim - 1) + [(0, 2)]), lambda: of_scales(3, x)
-        )
+        # Whoever adds up the sums of several parts may need the one of large numbers for the sake of another part.
+        scale = scales(x.dtype)[1]
+        padded = jnp.concatenate([plain, plain * scale * scale, jnp.zeros_like(plain)], axis=-1)
+        return lax.cond(sound.all(), lambda: padded, lambda: of_scales(3, x))
 
-    squares = lax.platform_dependent(x, cpu=on_demand, default=partial(of_scales, 3))
-    return inverse_rms_of_squares(squares, x.shape[-1], epsilon)
+    return lax.platform_dependent(lax.stop_gradient(x), cpu=on_demand, default=partial(of_scales, 3))
 
 
-@inverse_rms.defjvp
-def _inverse_rms_jvp(epsilon: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (x,), (dx,) = primals, tangents
-    inverse = inverse_rms(x, epsilon)
+def inverse_rms(x: Float[Array, "*batch size"], epsilon: float, over: Axes = ()) -> Float[Array, "*batch 1"]:
+    """``1 / sqrt(mean(x^2) + epsilon)`` over the last axis, which may be split `over` axes of the mesh."""
+    return inverse_rms_of(x, total(squares(x, epsilon), over), epsilon, over)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def inverse_rms_of(
+    x: Float[Array, "*batch size"], squares: Float[Array, "*batch 3"], epsilon: float, over: Axes = ()
+) -> Float[Array, "*batch 1"]:
+    """`inverse_rms` of x, by its `squares`, whose derivative is left out.
+
+    Args:
+        over: axes of the mesh that x is split over along its last axis; `squares` are summed up over them.
+    """
+    return inverse_rms_of_squares(squares, whole_size(x.shape[-1], over), epsilon)
+
+
+@inverse_rms_of.defjvp
+def _inverse_rms_of_jvp(
+    epsilon: float, over: Axes, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (x, squares), (dx, _) = primals, tangents
+    inverse = inverse_rms_of(x, squares, epsilon, over)
     # In this order every product stays in range: x * inverse is about 1.
-    return inverse, -inverse * jnp.mean((x * inverse) * (dx * inverse), axis=-1, keepdims=True)
+    return inverse, -inverse * _mean((x * inverse) * (dx * inverse), over)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _normed(x: Float[Array, "*batch size"], epsilon: float) -> Float[Array, "*batch size"]:
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _normed(x: Float[Array, "*batch size"], epsilon: float, over: Axes) -> Float[Array, "*batch size"]:
     """``x / sqrt(mean(x^2) + epsilon)`` over the last axis."""
-    return x * inverse_rms(x, epsilon)
+    return x * inverse_rms(x, epsilon, over)
 
 
 @_normed.defjvp
-def _normed_jvp(epsilon: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+def _normed_jvp(epsilon: float, over: Axes, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (dx,) = primals, tangents
-    inverse = inverse_rms(x, epsilon)
+    inverse = inverse_rms(x, epsilon, over)
     # In this order every product stays in range: nothing is multiplied by a stream that is not normed.
     normed, along = x * inverse, dx * inverse
-    return normed, along - normed * jnp.mean(normed * along, axis=-1, keepdims=True)
+    return normed, along - normed * _mean(normed * along, over)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _normed_outside(x: Float[Array, "*batch size"], epsilon: float) -> Float[Array, "*batch size"]:
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _normed_outside(x: Float[Array, "*batch size"], epsilon: float, over: Axes) -> Float[Array, "*batch size"]:
     """``x / (sqrt(mean(x^2)) + epsilon)`` over the last axis; the derivative of the root at 0 is taken to be 0."""
-    return x / (1 / inverse_rms(x, 0.0) + epsilon)
+    return x / (1 / inverse_rms(x, 0.0, over) + epsilon)
 
 
 @_normed_outside.defjvp
-def _normed_outside_jvp(epsilon: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+def _normed_outside_jvp(
+    epsilon: float, over: Axes, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
     (x,), (dx,) = primals, tangents
-    rms = 1 / inverse_rms(x, 0.0)
+    rms = 1 / inverse_rms(x, 0.0, over)
     unit, normed, along = x / jnp.where(rms == 0, 1, rms), x / (rms + epsilon), dx / (rms + epsilon)
-    return normed, along - normed * jnp.mean(unit * along, axis=-1, keepdims=True)
+    return normed, along - normed * _mean(unit * along, over)
 
 
-def _together(normed: Callable[[Array, float], Array]) -> Callable[[Array, float], Array]:
-    return lambda streams, epsilon: normed(streams.reshape(*streams.shape[:-2], -1), epsilon).reshape(streams.shape)
+def _mean(x: Array, over: Axes) -> Array:
+    return total(jnp.sum(x, axis=-1, keepdims=True), over) / whole_size(x.shape[-1], over)
 
 
-NORMS: dict[str, Callable[[Array, float], Array]] = {
+def _together(normed: Norm) -> Norm:
+    def of_all(streams: Array, epsilon: float, over: Axes) -> Array:
+        return normed(streams.reshape(*streams.shape[:-2], -1), epsilon, over).reshape(streams.shape)
+
+    return of_all
+
+
+NORMS: dict[str, Norm] = {
     # RMSNorm of vec X: equation 5 of arXiv 2512.24880.
     "rms": _together(_normed),
     # As Megatron-LM.
@@ -111,7 +145,8 @@ NORMS: dict[str, Callable[[Array, float], Array]] = {
     # As lucidrains' hyper-connections, and HC (arXiv 2409.19606).
     "streams": _normed,
 }
-"""(streams (..., n, C), epsilon) -> normed streams, as they are projected, each way under its name."""
+"""(streams (..., n, C), epsilon, axes of the mesh that features are split over) -> normed streams, as they are
+projected, each way under its name."""
 
 
 def _power(dtype: Any, exponent: int) -> float:

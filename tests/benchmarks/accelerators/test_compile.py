@@ -117,6 +117,53 @@ def test_the_forms_that_a_platform_likes(target, narrow, wide):
     assert found["write"] == pytest.approx(9, rel=0.01)
 
 
+MESHES = """
+import json, re, sys
+from benchmarks.accelerators.worker import prepare
+prepare("tpu", None)
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+from mhc_jax import streams
+
+chips = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices
+config, width = streams.StreamConfig(4), 512
+SPLITS = {"tokens": PartitionSpec("data", "model"), "features": PartitionSpec("data", None, None, "model")}
+
+def compiled(kind, implementation, split):
+    mesh = Mesh(np.array(chips).reshape(-1, 2), ("data", "model"), axis_types=(kind,) * 2)
+    def placed(array, spec):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
+    shapes = jax.eval_shape(lambda: (streams.init_params(config, width), jnp.zeros((len(chips), 128, 4, width))))
+    params = jax.tree.map(lambda leaf: placed(leaf, PartitionSpec()), shapes[0])
+    layer = streams.wrap(jnp.tanh, config, implementation=implementation)
+    def back_and_forth(params, x):  # without the gradients of parameters, which the devices have to sum up
+        return jax.value_and_grad(lambda x: layer(params, x).sum(axis=(1, 2, 3)).sum())(x)[1]
+    function = back_and_forth if split == "tokens" and implementation == "xla" else layer
+    with use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(function).trace(params, placed(shapes[1], SPLITS[split])).lower(lowering_platforms=("tpu",))
+    text = lowered.compile().as_text()
+    moved = re.findall(r" ((?:all|reduce|collective)-[a-z-]+?)(?:-start)?\\(", text)
+    return {"collectives": moved, "kernels": text.count("tpu_custom_call")}
+forms = [(AxisType.Explicit, "xla"), (AxisType.Explicit, "pallas"), (AxisType.Auto, "xla")]
+print(json.dumps({
+    f"{kind.name} {implementation} {split}": compiled(kind, implementation, split)
+    for kind, implementation in forms
+    for split in SPLITS
+}))
+"""
+
+
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5p:8x8x4"])
+def test_what_devices_of_a_mesh_tell_each_other(topology):
+    result = in_lab("-c", MESHES, topology)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for name, found in json.loads(result.stdout.splitlines()[-1]).items():
+        # Nothing where tokens are split; where features are, one sum makes the projection and the norm.
+        assert found["collectives"] == (["all-reduce"] if "features" in name else []), name
+        assert bool(found["kernels"]) == ("pallas" in name), name
+
+
 def test_a_target_that_does_not_exist_is_one_line():
     result = in_lab("-m", "benchmarks.accelerators", "--target", "v9")
     assert result.returncode == 2

@@ -173,6 +173,40 @@ def test_another_name_for_a_tape_moves_nothing():
     assert found == {"fusion": 2 * 16 * 128 * 2, "call": 4 * (16 + 128) * 128 * 2}
 
 
+# A sum of many arrays at once is a tuple inside of the tuple that a fusion returns, as a GPU gets it.
+NESTED = """%added (a: f32[], b: f32[], c: f32[], d: f32[]) -> (f32[], f32[]) {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  %c = f32[] parameter(2)
+  %d = f32[] parameter(3)
+  %one = f32[] add(%a, %c)
+  %two = f32[] add(%b, %d)
+  ROOT %both = (f32[], f32[]) tuple(%one, %two)
+}
+
+%sums (x: f32[256,512], y: f32[256,512]) -> ((f32[256], f32[256]), f32[256,512]) {
+  %x = f32[256,512]{1,0} parameter(0)
+  %y = f32[256,512]{1,0} parameter(1)
+  %zero = f32[] constant(0)
+  %many = (f32[256]{0}, f32[256]{0}) reduce(%x, %y, %zero, %zero), dimensions={1}, to_apply=%added
+  %product = f32[256,512]{1,0} multiply(%x, %y)
+  ROOT %all = ((f32[256]{0}, f32[256]{0}), f32[256,512]{1,0}) tuple(%many, %product)
+}
+
+ENTRY %main (p: f32[256,512], q: f32[256,512]) -> ((f32[256], f32[256]), f32[256,512]) {
+  %p = f32[256,512]{1,0} parameter(0)
+  %q = f32[256,512]{1,0} parameter(1)
+  ROOT %fusion = ((f32[256]{0}, f32[256]{0}), f32[256,512]{1,0}) fusion(%p, %q), kind=kInput, calls=%sums
+}
+"""
+
+
+def test_a_tuple_inside_of_a_tuple_counts_all_its_arrays():
+    assert [array.dims for array in arrays("((f32[2]{0}, bf16[3]{0}), (s32[]))")] == [(2,), (3,), ()]
+    (fusion,) = Module(NESTED, on_chip=False).crossings
+    assert fusion.bytes == (3 * 256 * 512 + 2 * 256) * 4
+
+
 def test_without_memory_on_the_chip_everything_counts():
     found = {c.instruction.name: c for c in Module(TPU, on_chip=False).crossings}
     assert found["fetch"].bytes == 2 * 16 * 128 * 2

@@ -7,8 +7,18 @@ from flax import nnx
 
 from mhc_jax.history import apply_layers, mix
 from mhc_jax.kernels import choice
-from mhc_jax.models import Decoder, DecoderConfig
-from mhc_jax.nn import HyperConnections, MatrixMHCSkip, MHCSequential, MHCSkip, MHCStack, StreamHead
+from mhc_jax.models import Decoder, DecoderConfig, MHCResNet
+from mhc_jax.nn import (
+    HyperConnections,
+    MatrixMHCSkip,
+    MHCBasicBlock,
+    MHCBottleneck,
+    MHCConv,
+    MHCSequential,
+    MHCSkip,
+    MHCStack,
+    StreamHead,
+)
 
 ARGUMENTS = jnp.ones(128), jnp.ones((2, 128)), jnp.ones(2)
 
@@ -37,6 +47,10 @@ def test_modules_pass_the_implementation_on():
         (MHCSequential([linear], implementation="pallas"), (x,)),
         (StreamHead(8, implementation="pallas"), (jnp.ones((2, 4, 8)),)),
         (HyperConnections(linear, 8, implementation="pallas"), (jnp.ones((2, 4, 8)),)),
+        (MHCConv(3, 3, (1, 1), implementation="pallas", rngs=rngs), (jnp.ones((2, 4, 4, 3)),)),
+        (MHCBasicBlock(3, 3, implementation="pallas", rngs=rngs), (jnp.ones((2, 4, 4, 3)),)),
+        (MHCBottleneck(4, 1, implementation="pallas", rngs=rngs), (jnp.ones((2, 4, 4, 4)),)),
+        (MHCResNet((1,), 2, features=4, implementation="pallas", rngs=rngs), (jnp.ones((2, 4, 4, 3)),)),
     ]
     for module, arguments in calls:
         graph, state = nnx.split(module)
