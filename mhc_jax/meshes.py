@@ -138,10 +138,12 @@ def on_parts(function: Callable[..., Any], layout: str, *arrays: Any) -> Any:
         return function(*joined, over=over)
 
     results = tuple(map(split, made))
+    # All axes go without saying, but for those that `jax.vmap` goes over: they are its own.
+    some = set() if len(axes) == len(sharding.mesh.axis_names) else set(axes)
     mapped = jax.shard_map(
         local,
         mesh=sharding.mesh,
-        axis_names=set(axes),
+        axis_names=some,
         in_specs=tuple(map(split, given)),
         out_specs=results if len(results) > 1 else results[0],
     )

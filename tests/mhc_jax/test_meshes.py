@@ -216,7 +216,7 @@ def test_second_derivatives_and_vmap(implementation, kind):
 
 def test_vmap_over_an_axis_that_is_split():
     params, x = jax.tree.map(jnp.asarray, (parameters(SMALL), example(2)[0]))
-    read = jax.vmap(lambda x: streams.read(params, x, SMALL, implementation="pallas"))
+    read = jax.vmap(lambda x: streams.read(params, x, SMALL, implementation="xla"))
     with jax.set_mesh(mesh := mesh_of(AxisType.Explicit)):
         found = jax.jit(read)(jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", "model"))))
     assert found[0].sharding.spec[:2] == ("data", "model")
@@ -263,7 +263,7 @@ def test_modules_under_transforms_of_nnx(name):
         assert_same(by_jit(model, jax.device_put(x, place)), expected)
 
 
-@pytest.mark.parametrize("connection", ["residual", "history", "streams"])
+@pytest.mark.parametrize("connection", ["residual", MHCConfig(), SMALL], ids=["residual", "history", "streams"])
 def test_a_decoder_in_shard_map(connection):
     config = DecoderConfig(10, features=WIDTH, mlp_features=WIDTH, num_heads=2, depth=2)
     graph, state = nnx.split(Decoder(config, connection, attention="plain", rngs=nnx.Rngs(0)))
