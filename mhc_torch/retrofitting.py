@@ -1,4 +1,4 @@
-"""Retrofit: residual streams around the branches of a model that exists, which goes on computing what it computed.
+"""Retrofit: streams, or history, around the branches of a model that exists, which goes on computing what it computed.
 
 A block computes `h = h + branch(norm(h))` for each of its branches in turn, and keeps doing so with streams X in the
 place of h. A hook hands the first module of a branch H_pre X in place of X; a hook after its last module hands the
@@ -6,31 +6,34 @@ block `(H_res - 1) X + H_post^T y` in place of the output y, so that the block's
 So masks, caches, checkpointing and everything else that the forward of a block does stay its own.
 """
 
+import inspect
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from mhc_torch.connected import AroundHistory, AroundStreams, BranchHistory, Kind
+from mhc_torch.history.config import MHCConfig, get_default_config
 from mhc_torch.injection import placement
 from mhc_torch.monitoring.connection import connections
 from mhc_torch.nn.hyper_connections import ConnectionMaps
 from mhc_torch.options import check_choice, resolve
-from mhc_torch.streams import Maps, StreamConfig, collapse, expand, reduce, write
+from mhc_torch.streams import StreamConfig
 
 Branches = Mapping[str, tuple[str, str]]
 """The branches of a block by name, in the order of their sums: the paths of the first and the last module of each."""
 
-_DEFAULTS = StreamConfig(start="mixed")
-_CHILD = "hyper_connections"
+_STREAMS = StreamConfig(start="mixed")
+CHILD = "hyper_connections"
 _WATCH = "_mhc_watch"
 _LLAMA: Branches = {"attention": ("input_layernorm", "self_attn"), "mlp": ("post_attention_layernorm", "mlp")}
 
 BLOCKS: dict[type[nn.Module] | str, Branches] = {
+    "DecoderLayer": _LLAMA,  # mhc_torch.models.Decoder
     "LlamaDecoderLayer": _LLAMA,
     "MistralDecoderLayer": _LLAMA,
     "Qwen3DecoderLayer": _LLAMA,
@@ -49,6 +52,13 @@ BLOCKS: dict[type[nn.Module] | str, Branches] = {
 }
 """The blocks that are known, by class or by name of the class; `register_block` adds one."""
 
+Between = tuple[str, str]
+"""The paths of the module that puts out the first state of a stack, and of the one that takes the last."""
+
+ENDS: dict[type[nn.Module] | str, Between] = {"DecoderLayer": ("embed_tokens", "norm")}
+"""Where the states of blocks begin and end that leave it to the module around them to add what they put out."""
+
+Ends = tuple[nn.Module, nn.Module] | None
 _OPTIONAL = ("cross_attention",)  # branches that only some blocks of a class have
 
 
@@ -85,8 +95,9 @@ def retrofit(
     block: type[nn.Module] | str | None = None,
     streams: int | None = None,
     *,
+    history: int | None = None,
     parameters: Literal["all", "new"] = "all",
-    config: StreamConfig | None = None,
+    config: StreamConfig | MHCConfig | None = None,
     **options: Any,
 ) -> nn.Module:
     """Put n residual streams around the residual branches of every block of a model, which keeps its function.
@@ -100,16 +111,18 @@ def retrofit(
         model: the model, with the weights that it has learned.
         block: class of its residual blocks, or the name of one. None: every class that is known, which are those in
             `BLOCKS`: of transformers the blocks of Llama, Qwen3, Mistral, GPT-2, BERT and ViT.
-        streams: number n of streams, 2 at least; 4 if neither this nor config says otherwise.
-        parameters: "all" leaves what is trained as it is; "new" freezes all but the parameters of the maps.
-        config: all options of the maps in one value; keywords, the fields of `StreamConfig`, change single ones.
-            Without it, `start` is "mixed": maps that can learn.
+        streams: number n of streams, 2 at least; 4 if nothing else is said.
+        history: in place of streams, the window of states of which each branch mixes the last ones into its sum,
+            `h + y + gain * sum_k alpha_k x_k`, with a gain that starts at 0. The window reaches back over branches.
+        parameters: "all" leaves what is trained as it is; "new" freezes all but the parameters of the connections.
+        config: all options in one value, of streams or of history; keywords, the fields of it, change single ones.
+            Without it, `start` of streams and `init` of history are "mixed": maps that can learn.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: model is no module, or as `StreamConfig`.
+        TypeError: model is no module, or as `StreamConfig` and `MHCConfig`.
         ValueError: there is no such block; the model is retrofitted already; the residual sums of the blocks are not
             known; their widths differ; another module stands between two blocks; an option is out of range.
             The model is unchanged then.
@@ -123,7 +136,46 @@ def retrofit(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_choice("parameters", parameters, ("all", "new"))
-    config = resolve(_DEFAULTS, config, streams=streams, **options)
+    kind = _kind(streams, history, config, options)
+    if done := next(_retrofitted(model), None):
+        raise ValueError(f"the model is retrofitted already: {done[0]!r} has {CHILD}; unretrofit it first")
+    plans = [(_ends(model, stack), *_plan(model, stack)) for stack in _stacks(model, block)]
+    made = [child for ends, width, blocks in plans for child in _made(kind, ends, width, blocks)]
+
+    # All that can fail has been done.
+    if parameters == "new":
+        model.requires_grad_(False)
+    for target, child in made:
+        child.attach(target)
+        target.add_module(CHILD, child)
+    for holder in _holders(model):
+        _Watch(holder, kind)
+    return model
+
+
+def _made(
+    kind: Kind, ends: Ends, width: int, blocks: Sequence[tuple[nn.Module, Branches]]
+) -> Iterator[tuple[nn.Module, "BlockConnections"]]:
+    """The blocks of a stack, and the connections of each."""
+    index = 0
+    first, last = ends or (blocks[0][0], blocks[-1][0])
+    for target, branches in blocks:
+        begin, end = (first if target is blocks[0][0] else None), (last if target is blocks[-1][0] else None)
+        yield target, BlockConnections(kind, branches, width, index, begin, end, **placement(target))
+        index += len(branches)
+
+
+def _kind(streams: int | None, history: int | None, config: Any, options: dict[str, Any]) -> Kind:
+    """The connection that is asked for; a ValueError where it could not keep the function of a model."""
+    if history is not None or isinstance(config, MHCConfig):
+        if streams is not None:
+            raise ValueError(f"streams must not be given with history, got {streams}")
+        default = replace(get_default_config(), init="mixed")
+        return AroundHistory(_history_config(resolve(default, config, max_history=history, **options)))
+    return AroundStreams(_stream_config(resolve(_STREAMS, config, streams=streams, **options)))
+
+
+def _stream_config(config: StreamConfig) -> StreamConfig:
     if config.streams < 2:
         raise ValueError(f"streams must be at least 2, got {config.streams}: with one stream the model is what it was")
     for name in ("epsilon", "read_epsilon", "post_epsilon"):
@@ -134,43 +186,51 @@ def retrofit(
         raise ValueError("single_pass must be False: a block of an existing model hands no maps to the next")
     if config.post_scale <= 1:
         raise ValueError(f"post_scale must be above 1, got {config.post_scale}: H_post has to start as 1")
-    if done := next(_retrofitted(model), None):
-        raise ValueError(f"the model is retrofitted already: {done[0]!r} has streams; unretrofit it first")
-    plans = [_plan(model, stack) for stack in _stacks(model, block)]
+    return config
 
-    if parameters == "new":
-        model.requires_grad_(False)
-    for width, blocks in plans:
-        index = 0
-        for position, (target, branches) in enumerate(blocks):
-            child = BlockStreams(config, width, index, branches, **placement(target))
-            child.attach(target, branches, first=position == 0, last=position == len(blocks) - 1)
-            target.add_module(_CHILD, child)
-            index += len(branches)
-    for holder in _holders(model):
-        _Watch(holder)
-    return model
+
+def _history_config(config: MHCConfig) -> MHCConfig:
+    if config.max_history < 2:
+        raise ValueError(f"history must be at least 2, got {config.max_history}: one state is what the model has")
+    if config.mode == "residual":
+        raise ValueError("mode must be 'mhc' or 'hc', got 'residual': it mixes no history")
+    for name, why in _NOT_OF_BLOCKS.items():
+        if value := getattr(config, name):
+            raise ValueError(f"{name} must be False, got {value}: {why}")
+    if not config.clear_history_each_forward or config.history_scope != "global":
+        raise ValueError(
+            "clear_history_each_forward must be True and history_scope 'global': the window is part of the state that "
+            f"blocks pass on; got {config.clear_history_each_forward} and {config.history_scope!r}"
+        )
+    return config
+
+
+_NOT_OF_BLOCKS = {
+    "auto_project": "the states of a stack have one width",
+    "use_gating": "a gain that starts at 0 scales the history",
+    "stochastic": "a block of an existing model hands no noise to its connections",
+}
 
 
 def unretrofit(model: nn.Module) -> nn.Module:
-    """Take the streams off again, where the maps are as `retrofit` left them: the model is what it was.
+    """Take the connections off again, where they are as `retrofit` left them: the model is what it was.
 
     What `parameters="new"` froze stays frozen.
 
     Raises:
-        ValueError: the model is not retrofitted, or its maps have learned; it is unchanged then.
+        ValueError: the model is not retrofitted, or its connections have learned; it is unchanged then.
     """
     found = list(_retrofitted(model))
     if not found:
         raise ValueError(f"{type(model).__name__} is not retrofitted")
-    learned = [f"{name}.{_CHILD}.{key}" for name, block in found for key in _streams_of(block).learned()]
+    learned = [f"{name}.{CHILD}.{key}" for name, block in found for key in _connections_of(block).learned()]
     if learned:
-        raise ValueError(f"the maps have learned, without them the model is another: {learned}")
+        raise ValueError(f"the connections have learned, without them the model is another: {learned}")
     for holder in _holders(model):
         vars(holder)[_WATCH].stop()
     for _, block in found:
-        _streams_of(block).detach()
-        delattr(block, _CHILD)
+        _connections_of(block).detach()
+        delattr(block, CHILD)
     return model
 
 
@@ -202,104 +262,134 @@ def parameter_groups(
 
 
 class _Running(threading.local):
-    """What the branch that runs in this thread has read: the streams, H_post and H_res. A copy begins with nothing.
+    """What the branch that runs in this thread has read: its connection, the states, and what `added` takes beside.
 
-    Not a context variable, which torch.compile cannot follow.
+    A copy begins with nothing. Not a context variable, which torch.compile cannot follow.
     """
 
-    read: tuple[Tensor, Tensor, Tensor] | None = None
+    read: tuple[Any, Tensor, tuple[Any, ...]] | None = None
 
     def __reduce__(self) -> Any:
         return _Running, ()
 
 
-class BranchMaps(ConnectionMaps):
-    """The maps of a branch whose modules stand elsewhere in the block. Called with streams, it gives their maps."""
+class BlockConnections(nn.ModuleDict):
+    """The connections of the branches of one block, by the names of these, and the hooks by which the block uses them.
 
-    def __init__(self, width: int, config: StreamConfig, layer_index: int, running: _Running, **factory: Any) -> None:
-        super().__init__(width, config, layer_index, **factory)
-        self._running = running
-
-    def forward(self, streams: Float[Tensor, "*tokens n C"]) -> Maps:
-        return self.token_maps(streams)
-
-    def mixed_states(self, streams: Tensor) -> list[Tensor]:
-        """The states that a call mixes."""
-        return [streams]
-
-    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the first module of the branch: H_pre X in place of X, wherever it is given."""
-        streams = _first_tensor(args, kwargs)
-        pre, post, res = self(streams)
-        self._running.read = streams, post, res
-        return _replaced(args, kwargs, streams, collapse(pre, streams))
-
-    def have_learned(self) -> bool:
-        """Whether the maps are others than those that they started as, for some token."""
-        start = self.start_values()
-        return any(
-            bool((self.get_parameter(name) != torch.as_tensor(start[name]).to(self.bias)).any())
-            for name in start.keys() - {"alpha"}
-        )
-
-
-class BlockStreams(nn.ModuleDict):
-    """The maps of the branches of one block, by the names of these, and the hooks by which the block uses them."""
+    Args:
+        kind: how they are connected.
+        branches: those of the block.
+        width: features C of a state.
+        index: the number of the first branch in its stack.
+        first: what makes the states, in the first block of a stack: the block, or the module that puts out one.
+        last: what gives one again, in the last: the block, or the module that takes one.
+        **factory: dtype and device of the parameters.
+    """
 
     def __init__(
-        self, config: StreamConfig, width: int, layer_index: int, branches: Iterable[str], **factory: Any
+        self,
+        kind: Kind,
+        branches: Branches,
+        width: int,
+        index: int,
+        first: nn.Module | None,
+        last: nn.Module | None,
+        **factory: Any,
     ) -> None:
-        running = _Running()
-        super().__init__(
-            {name: BranchMaps(width, config, layer_index + i, running, **factory) for i, name in enumerate(branches)}
-        )
-        self.config = config
-        self._running = running
+        self.first: nn.Module | None
+        self.last: nn.Module | None
+        super().__init__({name: kind.branch(width, index + i, **factory) for i, name in enumerate(branches)})
+        self.kind, self.branches = kind, branches
+        # Not as submodules: they are elsewhere.
+        vars(self).update(first=first, last=last)
+        self._running = _Running()
         self._hooks: list[Any] = []
 
-    def attach(self, block: nn.Module, branches: Branches, *, first: bool, last: bool) -> None:
-        """Let `block` run on streams; the first block makes them, the last puts out their mean."""
-        for name, (begin, _) in branches.items():
-            read: Any = self[name]
-            self._hooks.append(block.get_submodule(begin).register_forward_pre_hook(read.read, with_kwargs=True))
-        for end in dict.fromkeys(end for _, end in branches.values()):
-            self._hooks.append(block.get_submodule(end).register_forward_hook(self.write))
-        if first:
-            self._hooks.append(block.register_forward_pre_hook(self.expand, with_kwargs=True))
-        if last:
+    def attach(self, block: nn.Module) -> None:
+        """Let `block` run on the states."""
+        for name, (begin, _) in self.branches.items():
+            module = block.get_submodule(begin)
+            hook = partial(self.read, name, _parameters(module))
+            self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        for end in dict.fromkeys(block.get_submodule(end) for _, end in self.branches.values()):
+            self._hooks.append(end.register_forward_hook(self.write))
+        if self.first is block:
+            hook = partial(self.expand, _parameters(block))
+            self._hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        elif self.first is not None:
+            self._hooks.append(self.first.register_forward_hook(self.open))
+        if self.last is block:
             # Before the hooks of others, who want to see what the model goes on with.
             self._hooks.append(block.register_forward_hook(self.reduce, prepend=True))
+        elif self.last is not None:
+            last: nn.Module = self.last
+            last_hook = partial(self.close, _parameters(last))
+            self._hooks.append(last.register_forward_pre_hook(last_hook, with_kwargs=True))
+
+    def called_otherwise(self, block: nn.Module) -> set[nn.Module]:
+        """The modules that are given, or put out, something else than by themselves."""
+        inside = {block.get_submodule(path) for ends in self.branches.values() for path in ends}
+        return inside | {module for module in (self.first, self.last) if module not in (None, block)}
 
     def learned(self) -> list[str]:
-        """The branches whose maps are not those that they started as."""
-        return [name for name, maps in self.items() if isinstance(maps, BranchMaps) and maps.have_learned()]
+        """The branches whose sums no longer are those that the model was retrofitted with."""
+        parts: Any = self
+        return [name for name in self.branches if parts[name].have_learned()]
 
     def detach(self) -> None:
         """Let the block run as before."""
         for hook in self._hooks:
             hook.remove()
 
+    def read(
+        self, branch: str, order: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Before the first module of a branch: what it reads, in place of the states."""
+        states = _state_of(order, args, kwargs)
+        connection = self[branch]
+        state, *rest = connection(states)
+        self._running.read = connection, states, tuple(rest)
+        return _replaced(args, kwargs, states, state)
+
     def write(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """After the last module of a branch: what the block is to add to the streams in place of the output."""
+        """After the last module of a branch: what the block is to add to the states in place of the output."""
         if self._running.read is None:
             raise RuntimeError(f"a branch has ended, in a {type(module).__name__}, that has not begun")
-        streams, post, res = self._running.read
+        connection, states, rest = self._running.read
         self._running.read = None
-        one = torch.eye(self.config.streams, dtype=res.dtype, device=res.device)
-        return _with_first(output, write(streams, _first(output), post, res - one))
+        return _with_first(output, connection.added(states, _first(output), *rest))
 
-    def expand(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the first block: n streams in place of one."""
-        state = _first_tensor(args, kwargs)
-        return _replaced(args, kwargs, state, expand(state, self.config.streams))
+    def expand(self, order: tuple[str, ...], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the first block: the states in place of one."""
+        state = _state_of(order, args, kwargs)
+        return _replaced(args, kwargs, state, self.kind.expand(state))
+
+    def open(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """After the module that puts out the first state: the states in place of it."""
+        return _with_first(output, self.kind.expand(_first(output)))
+
+    def close(self, order: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the module that takes the last state: one in place of the states."""
+        states = _state_of(order, args, kwargs)
+        return _replaced(args, kwargs, states, self.kind.reduce(states))
 
     def reduce(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """After the last block: the mean of the streams."""
-        return _with_first(output, reduce(_first(output)))
+        """After the last block: one state again."""
+        return _with_first(output, self.kind.reduce(_first(output)))
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    """The names of what a module is called with, in order."""
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def _state_of(order: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The first tensor among the arguments, in the order of the signature."""
+    named = [kwargs[name] for name in order if name in kwargs] + [v for k, v in kwargs.items() if k not in order]
+    for value in (*args, *named):
+        if isinstance(value, Tensor):
+            return value
+    raise TypeError(f"a retrofitted module must be called with a tensor, its state; got {(*args, *named)}")
 
 
 def _replaced(
@@ -388,6 +478,8 @@ def _plan(model: nn.Module, stack: Sequence[tuple[str, nn.Module]]) -> tuple[int
     blocks: list[tuple[nn.Module, Branches]] = []
     widths: dict[str, int] = {}
     for name, block in stack:
+        if hasattr(block, CHILD):
+            raise ValueError(f"{name!r}, a {type(block).__name__}, has an attribute {CHILD} of its own")
         known = _known(block)
         if known is None:
             raise ValueError(
@@ -413,8 +505,29 @@ def _plan(model: nn.Module, stack: Sequence[tuple[str, nn.Module]]) -> tuple[int
     return next(iter(widths.values())), blocks
 
 
-def _streams_of(block: nn.Module) -> BlockStreams:
-    child: Any = block.get_submodule(_CHILD)
+def _ends(model: nn.Module, stack: Sequence[tuple[str, nn.Module]]) -> Ends:
+    """The modules between which the states of a stack live, where the blocks leave the sum to what is around them."""
+    name, block = stack[0]
+    paths = next((ENDS[key] for cls in type(block).__mro__ for key in (cls, cls.__name__) if key in ENDS), None)
+    while paths is not None and name:
+        name = name.rpartition(".")[0]
+        around = dict(model.get_submodule(name).named_modules())
+        if all(path in around for path in paths):
+            return around[paths[0]], around[paths[1]]
+    return None
+
+
+def called_otherwise(model: nn.Module) -> set[nn.Module]:
+    """The modules of a retrofitted model that are given, or put out, something else than by themselves.
+
+    They are called by themselves by their method `forward`.
+    """
+    found: set[nn.Module] = set()
+    return found.union(*(_connections_of(block).called_otherwise(block) for _, block in _retrofitted(model)))
+
+
+def _connections_of(block: nn.Module) -> BlockConnections:
+    child: Any = block.get_submodule(CHILD)
     return child
 
 
@@ -427,7 +540,7 @@ def _holders(model: nn.Module) -> list[nn.Module]:
 def _retrofitted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The blocks that have streams, and their names."""
     for name, module in model.named_modules():
-        if isinstance(getattr(module, _CHILD, None), BlockStreams):
+        if isinstance(getattr(module, CHILD, None), BlockConnections):
             yield name, module
 
 
@@ -435,47 +548,52 @@ def _retrofitted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 class _Watch:
-    """What a module that holds blocks with streams does beside its own: a hook, and a method of transformers."""
+    """What a module that holds blocks with connections does beside its own: a hook, and a method of transformers."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, kind: Kind) -> None:
         vars(module)[_WATCH] = self
         self._module = module
-        self._hook = module.register_forward_hook(_mean_states)
-        self._initializes = hasattr(type(module), "_init_weights")
+        self._hook = module.register_forward_hook(partial(_single_states, kind))
+        self._before = vars(module).get("_init_weights")
+        self._initializes = hasattr(module, "_init_weights")
         if self._initializes:
-            module._init_weights = partial(_initialize, module)  # type: ignore[assignment]
+            module._init_weights = partial(_initialize, module, self._before)  # type: ignore[assignment]
 
     def stop(self) -> None:
         del vars(self._module)[_WATCH]
         self._hook.remove()
         if self._initializes:
             del self._module._init_weights
+        if self._before is not None:
+            self._module._init_weights = self._before
 
 
-def _initialize(holder: Any, module: nn.Module) -> None:
+def _initialize(holder: Any, own: Callable[[nn.Module], Any] | None, module: nn.Module) -> None:
     """`_init_weights` of a model of transformers, which asks it for what a checkpoint has not brought."""
-    if isinstance(module, ConnectionMaps):
+    if isinstance(module, ConnectionMaps | BranchHistory):
         module.reset_parameters(lambda parameter: not getattr(parameter, "_is_hf_initialized", False))
+    elif own is not None:
+        own(module)
     else:
         type(holder)._init_weights(holder, module)
 
 
-def _mean_states(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook: the states of all layers, that transformers collects on request, without the axis of streams."""
+def _single_states(kind: Kind, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook: the states of all layers, that transformers collects on request, as the model goes on with them."""
     if isinstance(output, dict):
         for key, value in output.items():
-            if (states := _means(value)) is not value:
+            if (states := _single(kind, value)) is not value:
                 output[key] = states
         return output
     if isinstance(output, tuple) and not hasattr(output, "_fields"):
-        return tuple(_means(value) for value in output)
+        return tuple(_single(kind, value) for value in output)
     return output
 
 
-def _means(states: Any) -> Any:
-    """`states` with the mean of streams in place of each that has one axis more than the last, which is no stream."""
+def _single(kind: Kind, states: Any) -> Any:
+    """`states` with one in place of each that has one axis more than the last, which is single."""
     if not (isinstance(states, tuple) and states and all(isinstance(state, Tensor) for state in states)):
         return states
     if all(state.ndim == states[-1].ndim for state in states):
         return states
-    return tuple(reduce(state) if state.ndim == states[-1].ndim + 1 else state for state in states)
+    return tuple(kind.reduce(state) if state.ndim == states[-1].ndim + 1 else state for state in states)

@@ -43,6 +43,7 @@ from bridge.weights.arrays import to_numpy, to_torch
 from bridge.weights.leaves import join, submodule
 from bridge.weights.match import Link, ModulePair, match
 from bridge.weights.rules import terms
+from mhc_torch.retrofitting import called_otherwise
 
 _FLOAT32 = epsilon(np.float32)
 
@@ -87,6 +88,8 @@ class Layers:
         self.faults: dict[str, str] = {}
         self.notes: list[str] = []
         self.alone: dict[str, str] = {}  # why a layer was not run alone
+        others = called_otherwise(self.torch)
+        self.plain = {path for path in self.pairs if self.torch.get_submodule(path) in others}
         self._record(jax_call, torch_call)
         self.batch_norms = BatchNorms(self.jax, self.torch, self.pairs.values(), self.torch_calls)
         self._compare()
@@ -212,6 +215,7 @@ class Layers:
         torch_given = [how[0](x) for how, x in zip(into, given, strict=True)]
         torch_cotangents = [how[0](c) for how, c in zip(out, cotangents, strict=True)]
         doubles, torch_doubles = [double(x) for x in given], [double(x) for x in torch_given]
+        alone = pair.torch in self.plain
         module, wide = submodule(self.jax, pair.jax), submodule(self.jax64, pair.jax)
         plain = pull_program(module, jax_call, given, cotangents, names[0])
         with jax.enable_x64(True):
@@ -227,13 +231,14 @@ class Layers:
             inputs = [to_numpy(noise(to_torch(x))) for x in torch_doubles] if noise else torch_doubles
             wide_cotangents = [double(c) for c in torch_cotangents]
             submodel = model.get_submodule(pair.torch)
-            return pull_torch(submodel, torch_call.map(_double), inputs, wide_cotangents, names[1], exact)
+            given = torch_call.map(_double)
+            return pull_torch(submodel, given, inputs, wide_cotangents, names[1], exact, alone)
 
         runs = self._exact(jax_run, torch_run)
         program = self.programs.of(*plain)
         runs.jax = as_pull(module, program(*plain[2:]), program.coarsest())
         submodel = self.torch.get_submodule(pair.torch)
-        runs.torch = pull_torch(submodel, torch_call, torch_given, torch_cotangents, names[1])
+        runs.torch = pull_torch(submodel, torch_call, torch_given, torch_cotangents, names[1], alone=alone)
         return runs
 
     def _judge_alone(

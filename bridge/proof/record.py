@@ -22,6 +22,7 @@ from bridge.weights import rules
 from bridge.weights.arrays import to_numpy, to_torch
 from bridge.weights.leaves import submodule
 from bridge.weights.match import jax_leaves, value
+from mhc_torch.retrofitting import CHILD, called_otherwise
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -85,6 +86,11 @@ def depends_on(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _A
     return (module.recorded(*args, **kwargs), {}) if hasattr(module, "recorded") else (args, kwargs)
 
 
+def by_itself(module: Any) -> Any:
+    """How an nnx module is called by itself; of a retrofitted model, without its part in it."""
+    return getattr(module, "plain_call", module)
+
+
 def jax_float64(model: nnx.Module) -> nnx.Module:
     """A copy of an nnx module with float64 leaves, that is told to compute in it. Use it with x64 enabled."""
     model = nnx.clone(model)
@@ -125,23 +131,29 @@ def watch_jax(modules: dict[str, nnx.Module]) -> Iterator[Recording]:
 
         return wrapper
 
-    originals = {cls: cls.__dict__.get("__call__") for cls in {type(module) for module in modules.values()}}
+    def method(cls: type) -> str:
+        return "plain_call" if hasattr(cls, "plain_call") else "__call__"
+
+    originals = {cls: cls.__dict__.get(method(cls)) for cls in {type(module) for module in modules.values()}}
     for cls, original in originals.items():
-        if any("__call__" in base.__dict__ for base in cls.__mro__):  # nnx.List has none
-            setattr(cls, "__call__", watched(original or cls.__call__))  # noqa: B010 - mypy
+        if any(method(cls) in base.__dict__ for base in cls.__mro__):  # nnx.List has none
+            setattr(cls, method(cls), watched(original or getattr(cls, method(cls))))
     try:
         yield recording
     finally:
         for cls, original in originals.items():
             if original is not None:
-                setattr(cls, "__call__", original)  # noqa: B010 - mypy
-            elif "__call__" in cls.__dict__:
-                del cls.__call__
+                setattr(cls, method(cls), original)
+            elif method(cls) in cls.__dict__:
+                delattr(cls, method(cls))
 
 
 @contextmanager
 def watch_torch(modules: dict[str, torch.nn.Module]) -> Iterator[Recording]:
-    """Records the calls of these modules (path -> module) while the context lasts, safe from in-place changes."""
+    """Records the calls of these modules (path -> module) while the context lasts, safe from in-place changes.
+
+    Of a retrofitted model, modules are seen as they are by themselves.
+    """
     recording = Recording()
     stack: list[Call] = []
 
@@ -158,9 +170,11 @@ def watch_torch(modules: dict[str, torch.nn.Module]) -> Iterator[Recording]:
         recording.leave(stack.pop(), frozen(output))
 
     handles = []
+    others = set[torch.nn.Module]().union(*map(called_otherwise, modules.values()))
     for path, module in modules.items():
-        handles.append(module.register_forward_pre_hook(partial(enter, path), with_kwargs=True))
-        handles.append(module.register_forward_hook(lambda _, args, output: leave(output)))
+        is_block = hasattr(module, CHILD)
+        handles.append(module.register_forward_pre_hook(partial(enter, path), prepend=is_block, with_kwargs=True))
+        handles.append(module.register_forward_hook(lambda _, args, output: leave(output), prepend=module in others))
     try:
         yield recording
     finally:
@@ -270,7 +284,7 @@ def pull_program(
         kept = [x for x in arrays(call.given) if not is_float(x)]
         left |= {id(x): o for x, o in zip(kept, others, strict=True)}
         args, kwargs = transform(lambda leaf: left.get(id(leaf), own(leaf)), call.given)
-        return picked(fresh(*args, **kwargs), names), split(fresh)[2]
+        return picked(by_itself(fresh)(*args, **kwargs), names), split(fresh)[2]
 
     def pull(
         parameters: nnx.State, rest: nnx.State, others: list[Any], values: list[Any], cotangents: list[Any]
@@ -360,15 +374,20 @@ def pull_torch(
     cotangents: Sequence[np.ndarray],
     names: list[str],
     exact: Exact | None = None,
+    alone: bool = False,
 ) -> Pull:
-    """A copy of a torch module forward and back; `inputs` replace the floating-point arrays of `call` in order."""
+    """A copy of a torch module forward and back; `inputs` replace the floating-point arrays of `call` in order.
+
+    Args:
+        alone: without what a retrofitted model does around it.
+    """
     module = copied(module, exact)
     device = device_of(module)
     sources = [to_torch(array).to(device).requires_grad_() for array in inputs]
     # A module may change its input in place, which autograd allows for everything but leaves.
     given = call.with_floats([tensor * 1 for tensor in sources])
     with exact or TorchPrecision() as seen:
-        outputs = picked(module(*given.args, **given.kwargs), names)
+        outputs = picked((module.forward if alone else module)(*given.args, **given.kwargs), names)
         parameters = {name: p for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
         wanted = [*sources, *parameters.values()]
         found = gradients(outputs, [to_torch(c).to(o) for c, o in zip(cotangents, outputs, strict=True)], wanted)

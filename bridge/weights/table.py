@@ -14,7 +14,9 @@ import mhc_jax.nn as jax_mhc
 import mhc_torch as torch_mhc
 import mhc_torch.models as torch_models
 from bridge.weights.rules import Child, Leaf, Setting, register
+from mhc_jax.nn import connected as jax_connected
 from mhc_jax.nn import hyper_connections as jax_streams
+from mhc_torch import connected as torch_connected
 from mhc_torch.history.width_map import WidthMap
 from mhc_torch.nn import hyper_connections as torch_streams
 
@@ -180,6 +182,8 @@ register(
 )
 # The blocks of image networks have the same names on both sides, and so have hyper-connections.
 register(jax_streams.ConnectionMaps, torch_streams.ConnectionMaps, settings=(_STREAMS,))
+# They write nothing of their own: a place is where a branch stands in its stack, which torch counts.
+register(jax_connected.BranchHistory, torch_connected.BranchHistory, settings=(_MIXING,), jax_only=("place",))
 register(jax_streams.StreamHead, torch_streams.StreamHead, settings=(_STREAMS,))
 register(jax_streams.StreamStack, torch_streams.StreamStack, Child("layers", "layers.*"))
 

@@ -41,7 +41,8 @@ class LayerCache:
         self, k: Float[Array, "B T K D"], v: Float[Array, "B T K D"]
     ) -> tuple[Float[Array, "B S K D"], Float[Array, "B S K D"], Bool[Array, "1 T S"]]:
         """All keys and values of the layer, and which of them each of the new tokens sees."""
-        start = (self.layer, 0, self.length, 0, 0)
+        zero = jnp.zeros_like(self.length)  # of its type, whatever that of a Python number is
+        start = (self.layer.astype(self.length.dtype), zero, self.length, zero, zero)
         self.keys = jax.lax.dynamic_update_slice(self.keys, k[None].astype(self.keys.dtype), start)
         self.values = jax.lax.dynamic_update_slice(self.values, v[None].astype(self.values.dtype), start)
         every = (jax.lax.dynamic_index_in_dim(rows, self.layer, keepdims=False) for rows in (self.keys, self.values))

@@ -23,6 +23,9 @@ from mhc_jax.streams import Connected, Implementation, StreamConfig, expand, red
 
 Connection = Literal["residual", "history", "streams"]
 
+States = Float[Array, "B T *n C"]
+"""What layers pass on: one state, or several side by side."""
+
 REMAT_NAMES = ("query", "key", "value", "attention", "attention_out", "gate", "up", "mlp_out")
 """What of a layer `Decoder(remat=...)` can keep, in the order in which it is computed."""
 
@@ -82,7 +85,7 @@ class DecoderLayer(nnx.Module):
     """What one layer adds to its input: a = attention(x);  f(x) = a + mlp(x + a).
 
     With a residual connection around it, `x + f(x)`, it is the layer of Llama. Arguments as `Decoder`; `context` of the
-    call are the further arguments of `Attention`.
+    call are the further arguments of `Attention`. Retrofitted, it adds to several states (..., n, C) at once.
     """
 
     def __init__(
@@ -93,15 +96,15 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = _norm(config, config.features, dtype, param_dtype, rngs)
         self.mlp = MLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def attend(self, x: Float[Array, "B T C"], *context: Any) -> Float[Array, "B T C"]:
+    def attend(self, x: States, *context: Any) -> States:
         """The first branch, attention after its norm."""
         return self.self_attn(self.input_layernorm(x), *context)
 
-    def transform(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+    def transform(self, x: States) -> States:
         """The second branch, SwiGLU after its norm."""
         return self.mlp(self.post_attention_layernorm(x))
 
-    def __call__(self, x: Float[Array, "B T C"], *context: Any) -> Float[Array, "B T C"]:
+    def __call__(self, x: States, *context: Any) -> States:
         attended = self.attend(x, *context)
         return attended + self.transform(x + attended)
 

@@ -17,7 +17,8 @@ from mhc_jax.kernels.choice import check_implementation
 from mhc_jax.monitoring.connection import Shown
 from mhc_jax.monitoring.figures import composite_gain, entropy, shares, sum_errors
 from mhc_jax.nn.errors import noted
-from mhc_jax.nn.merged import CARRIED, Carries, Merged, MergedBranches, drawn_streams, keep, stacked
+from mhc_jax.nn.merged import CARRIED, GIVEN, Carries, Merged, MergedBranches, drawn_streams, keep, stacked
+from mhc_jax.nn.parameters import ConnectionParam
 from mhc_jax.nn.stack import unstacked
 from mhc_jax.options import resolve
 from mhc_jax.streams import Connected, HeadParams, Implementation, Maps, StreamConfig, StreamParams, maps
@@ -30,6 +31,7 @@ class ConnectionMaps(nnx.Module):
 
     Args:
         branch_names: of the modules beside this one that make up the branch, for the norm of its gradient.
+        param_dtype: of the parameters.
     """
 
     def __init__(
@@ -40,16 +42,17 @@ class ConnectionMaps(nnx.Module):
         layer_index: int | Array = 0,
         implementation: Implementation = None,
         branch_names: tuple[str, ...] = (),
+        param_dtype: Any = jnp.float32,
         **options: Any,
     ) -> None:
         self.branch_names = branch_names
         self.config = resolve(DEFAULTS, config, **options)
         check_implementation(implementation)
         self.implementation = implementation
-        phi, alpha, bias = functional.init_params(self.config, width, layer_index)
-        self.phi = nnx.data(None if phi is None else nnx.Param(phi))
-        self.alpha = nnx.data(None if alpha is None else nnx.Param(alpha))
-        self.bias = nnx.Param(bias)
+        phi, alpha, bias = functional.init_params(self.config, width, layer_index, param_dtype)
+        self.phi = nnx.data(None if phi is None else ConnectionParam(phi))
+        self.alpha = nnx.data(None if alpha is None else ConnectionParam(alpha))
+        self.bias = ConnectionParam(bias)
 
     def params(self) -> StreamParams:
         """The parameters of the maps, for the functions of `mhc_jax.streams`."""
@@ -171,11 +174,11 @@ class HyperConnections(ConnectionMaps):
         """What `mhc_jax.monitoring.diagnostics.diagnose` reports."""
         graph, state = nnx.split(self)
         single = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[None], state))
-        return _stream_figures(single, jax.tree.map(lambda leaf: leaf[None], grads))
+        return stream_figures(single, jax.tree.map(lambda leaf: leaf[None], grads))
 
     def shown(self, figures: Mapping[str, np.ndarray]) -> Shown:
         """What the dashboard shows of the figures."""
-        return _show_streams(figures, [""])._replace(whole={})
+        return show_streams(figures, [""])._replace(whole={})
 
 
 class StreamHead(nnx.Module):
@@ -215,9 +218,9 @@ class StreamHead(nnx.Module):
         check_implementation(implementation)
         self.implementation = implementation
         phi, alpha, bias = functional.init_head_params(self.config, width)
-        self.phi = nnx.Param(phi)
-        self.alpha = nnx.Param(alpha)
-        self.bias = nnx.Param(bias)
+        self.phi = ConnectionParam(phi)
+        self.alpha = ConnectionParam(alpha)
+        self.bias = ConnectionParam(bias)
 
     def load_from(self, convention: str, tensors: Mapping[str, Any]) -> None:
         """Take the parameters of a public model's head; as `HyperConnections.load_from`."""
@@ -308,7 +311,7 @@ class StreamStack(nnx.Module):
             TypeError: a layer writes its parameters.
         """
         graphdef = nnx.graphdef(self.layers)
-        params, carried = nnx.state(self.layers, nnx.Param, CARRIED)
+        params, carried = nnx.state(self.layers, GIVEN, CARRIED)
         variables = nnx.merge_state(params, drawn_streams(self.layers, self.deterministic))
         options: dict[str, Any] = {"block_length": self.block_length, "policy": self.policy}
         with noted(f"in the layers of StreamStack ({type(self.layers).__name__})"):
@@ -330,14 +333,14 @@ class StreamStack(nnx.Module):
 
     def figures(self, grads: nnx.State) -> dict[str, Array]:
         """What `mhc_jax.monitoring.diagnostics.diagnose` reports."""
-        return _stream_figures(self.layers, grads["layers"])
+        return stream_figures(self.layers, grads["layers"])
 
     def shown(self, figures: Mapping[str, np.ndarray]) -> Shown:
         """What the dashboard shows of the figures."""
         branches = [".".join(map(str, path)) for path, _ in _branches(self.layers)]
         depth = len(figures["pre"]) // len(branches)
         names = [f"layers.{layer}.{branch}".rstrip(".") for layer in range(depth) for branch in branches]
-        return _show_streams(figures, names)
+        return show_streams(figures, names)
 
 
 def _is_chain(layer: type) -> bool:
@@ -362,7 +365,7 @@ class StreamChain(nnx.Module):
         return functional.reduce(wide)
 
 
-def _stream_figures(layers: nnx.Module, grads: nnx.State) -> dict[str, Array]:
+def stream_figures(layers: nnx.Module, grads: nnx.State) -> dict[str, Array]:
     """The figures of all hyper-connections of a layer whose variables have a leading axis of depth."""
     figures = []
     for path, connection in _branches(layers):
@@ -404,7 +407,7 @@ def _branches(module: nnx.Module) -> list[tuple[tuple[Any, ...], ConnectionMaps]
     ]
 
 
-def _show_streams(figures: Mapping[str, np.ndarray], names: Sequence[str]) -> Shown:
+def show_streams(figures: Mapping[str, np.ndarray], names: Sequence[str]) -> Shown:
     """What the dashboard shows of branches. H_pre, H_post and each row of H_res are vectors of weights."""
     layers: dict[str, dict[str, float]] = {}
     weights = {}

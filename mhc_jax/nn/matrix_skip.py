@@ -16,6 +16,7 @@ from mhc_jax.history.config import MATRIX_DEFAULTS, MatrixConfig
 from mhc_jax.kernels.choice import Implementation, check_implementation
 from mhc_jax.monitoring.connection import Shown, show_history
 from mhc_jax.monitoring.figures import history_figures, sum_errors
+from mhc_jax.nn.parameters import ConnectionParam
 from mhc_jax.nn.skip import window_of
 from mhc_jax.options import check_change, resolve, settable
 from mhc_jax.projections import project_doubly_stochastic, project_simplex
@@ -68,7 +69,7 @@ class MatrixMHCSkip(nnx.Module):
         options |= {"max_history": max_history, "doubly_stochastic": doubly_stochastic, "iterations": iterations}
         self.config = resolve(MATRIX_DEFAULTS, config, **options)
         shape = (self.max_history, self.max_history)
-        self.mixing_logits = nnx.Param(0.01 * jax.random.normal(rngs.params(), shape))
+        self.mixing_logits = ConnectionParam(0.01 * jax.random.normal(rngs.params(), shape))
 
     @property
     def config(self) -> MatrixConfig:

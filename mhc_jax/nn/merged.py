@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mhc_jax.nn.parameters import Place
 from mhc_jax.streams import Connected
 
+# All that a layer reads only.
+GIVEN = nnx.Any(nnx.Param, Place)
 # All that a layer writes while it runs: statistics, caches, what it sows.
-CARRIED = nnx.Not(nnx.Any(nnx.Param, nnx.RngState))
+CARRIED = nnx.Not(nnx.Any(GIVEN, nnx.RngState))
 
 
 class Carries(Exception):

@@ -16,6 +16,7 @@ from mhc_jax.history.config import DEFAULTS, INITS, MHCConfig
 from mhc_jax.kernels.choice import Implementation, check_implementation
 from mhc_jax.monitoring.connection import Shown, show_history
 from mhc_jax.monitoring.figures import history_figures
+from mhc_jax.nn.parameters import ConnectionParam
 from mhc_jax.options import check_change, resolve, settable
 
 GATE_INIT = 2.0
@@ -106,9 +107,9 @@ class MHCSkip(nnx.Module):
         self.config = resolve(DEFAULTS, config, max_history=max_history, **options)
         check_implementation(implementation)
         self.implementation = implementation
-        self.mixing_logits = nnx.Param(initial_logits(self.config))
+        self.mixing_logits = ConnectionParam(initial_logits(self.config))
         if self.config.use_gating:
-            self.gate_logit = nnx.Param(jnp.array(GATE_INIT))
+            self.gate_logit = ConnectionParam(jnp.array(GATE_INIT))
         if self.config.auto_project:
             if history_features is None or features is None or rngs is None:
                 raise ValueError("auto_project needs history_features, features and rngs")

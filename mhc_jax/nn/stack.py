@@ -18,7 +18,8 @@ from mhc_jax.kernels.choice import Implementation
 from mhc_jax.monitoring.connection import Shown, show_history
 from mhc_jax.monitoring.figures import history_figures
 from mhc_jax.nn.errors import noted
-from mhc_jax.nn.merged import CARRIED, Carries, Merged, drawn_streams, keep, stacked
+from mhc_jax.nn.merged import CARRIED, GIVEN, Carries, Merged, drawn_streams, keep, stacked
+from mhc_jax.nn.parameters import ConnectionParam
 from mhc_jax.nn.sequential import MHCSequential
 from mhc_jax.nn.skip import FIXED, GATE_INIT, initial_logits
 from mhc_jax.options import check_change, resolve, settable
@@ -94,9 +95,9 @@ class MHCStack(nnx.Module):
         check_layers_implementation(implementation)
         self.implementation = implementation
         self.layers = stacked(make_layer, depth, rngs.split(depth))
-        self.mixing_logits = nnx.Param(initial_logits(self.config, depth))
+        self.mixing_logits = ConnectionParam(initial_logits(self.config, depth))
         if self.config.use_gating:
-            self.gate_logit = nnx.Param(jnp.full(depth, GATE_INIT))
+            self.gate_logit = ConnectionParam(jnp.full(depth, GATE_INIT))
         if self.config.stochastic:
             self.rngs = rngs.mixing.fork()
         self.deterministic = False
@@ -132,7 +133,7 @@ class MHCStack(nnx.Module):
             TypeError: a branch writes its parameters.
         """
         graphdef = nnx.graphdef(self.layers)
-        params, carried = nnx.state(self.layers, nnx.Param, CARRIED)
+        params, carried = nnx.state(self.layers, GIVEN, CARRIED)
         streams: Any = drawn_streams(self.layers, self.deterministic)
         options: dict[str, Any] = {
             "gate_logits": self.gate_logit[...] if self.config.use_gating else None,

@@ -36,6 +36,7 @@ class TrainState:
         rest: whatever else the model holds and changes, such as batch statistics and random streams.
         opt_state: the state of the optimizer.
         graphdef: the structure of the model; static under jit.
+        trained: the filter that found the parameters; static under jit.
     """
 
     step: Int[Array, ""] | Any  # jax.tree.map makes states of shapes and of shardings, too
@@ -43,18 +44,53 @@ class TrainState:
     rest: nnx.State
     opt_state: optax.OptState
     graphdef: nnx.GraphDef[Any] = field(metadata={"static": True})
+    trained: Any = field(default=nnx.Param, metadata={"static": True})
 
     @classmethod
-    def create(cls, model: nnx.Module, optimizer: optax.GradientTransformation) -> "TrainState":
-        """The state before the first step. Copies the arrays: donating the state leaves `model` intact."""
-        states = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
+    def create(
+        cls, model: nnx.Module, optimizer: optax.GradientTransformation, *, trained: Any = nnx.Param
+    ) -> "TrainState":
+        """The state before the first step. Copies the arrays: donating the state leaves `model` intact.
+
+        Args:
+            model: any NNX module.
+            optimizer: any of optax.
+            trained: a filter of NNX for the parameters that are trained, such as `mhc_jax.nn.ConnectionParam`; a list
+                or tuple of filters is any of them. All else stays as it is.
+
+        Raises:
+            TypeError: `trained` is no filter, or is one that cannot be hashed.
+            ValueError: the model has no such parameter.
+
+        Example:
+            >>> import optax
+            >>> from mhc_jax.nn import ConnectionParam, HyperConnections
+            >>> layer = HyperConnections(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), 8)
+            >>> sorted(TrainState.create(layer, optax.adam(1e-3), trained=ConnectionParam).params)
+            ['alpha', 'bias', 'phi']
+        """
+        trained = _hashable(trained)
+        states = nnx.state(model, trained), nnx.state(model, nnx.Not(trained))
+        if trained is not nnx.Param and not jax.tree.leaves(states[0]):
+            raise ValueError(f"trained must find parameters of the {type(model).__name__}, {trained!r} finds none")
         params, rest = jax.tree.map(jnp.copy, states)
-        return cls(jnp.int32(0), params, rest, optimizer.init(params), nnx.graphdef(model))
+        return cls(jnp.int32(0), params, rest, optimizer.init(params), nnx.graphdef(model), trained)
 
     @property
     def model(self) -> Any:
         """The model, with the arrays of this state: a step that donates the state takes them away."""
         return nnx.merge(self.graphdef, self.params, self.rest, copy=True)
+
+
+def _hashable(trained: Any) -> Any:
+    """The filter, a value of its own where it is a list."""
+    trained = nnx.Any(*trained) if isinstance(trained, list | tuple) else trained
+    try:
+        nnx.filterlib.to_predicate(trained)
+        hash(trained)
+    except (TypeError, ValueError) as error:  # flax fails to format what it refuses
+        raise TypeError(f"trained must be a filter of NNX that can be hashed, got {trained!r}") from error
+    return trained
 
 
 def make_train_step(
@@ -72,7 +108,8 @@ def make_train_step(
             Changes that the forward makes to the model (batch statistics, random streams) are kept.
         optimizer: the one `TrainState.create` was given.
         diagnose: `(model, grads) -> dict`, such as `mhc_jax.monitoring.diagnostics.diagnose`: what else to report from
-            the parameters and gradients already at hand, without a second forward.
+            the parameters and gradients already at hand, without a second forward. Gradients of parameters that are
+            not trained are 0.
         shardings: where the new state lives, from `mhc_jax.training.sharding`. Without it, the compiler decides.
         accumulate: parts that a batch is taken in, one after the other, for the memory of one of them. Loss, metrics
             and gradients are the mean over the parts.
@@ -114,7 +151,7 @@ def make_train_step(
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
             raise TypeError(f"loss_fn must return (loss, metrics), where metrics is a dict, maybe {{}}; got {result}")
         loss, metrics = result
-        return loss, (metrics, nnx.state(model, nnx.Not(nnx.Param)))
+        return loss, (metrics, nnx.state(model, nnx.Not(state.trained)))
 
     differentiate = jax.value_and_grad(loss_and_rest, has_aux=True)
 
@@ -145,7 +182,9 @@ def make_train_step(
         new_state = replace(state, step=state.step + 1, params=params, rest=rest, opt_state=opt_state)
         report = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         if diagnose is not None:
-            report["diagnostics"] = diagnose(replace(state, rest=rest).model, grads)
+            model = replace(state, rest=rest).model
+            still = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.All(nnx.Param, nnx.Not(state.trained))))
+            report["diagnostics"] = diagnose(model, nnx.merge_state(still, grads))
         if clash := report.keys() & metrics.keys():
             raise ValueError(f"loss_fn: its metrics {sorted(clash)} have names that the step reports itself")
         return new_state, report | dict(metrics)

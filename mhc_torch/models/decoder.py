@@ -24,6 +24,10 @@ from mhc_torch.streams import StreamConfig, expand, reduce
 Connection = Literal["residual", "history", "streams"]
 
 
+States = Float[Tensor, "B T *n C"]
+"""What layers pass on: one state, or several side by side."""
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and grouped queries; `index` is the number of the layer, from 0."""
 
@@ -85,7 +89,7 @@ class DecoderLayer(nn.Module):
     """What one layer adds to its input: a = attention(x);  f(x) = a + mlp(x + a).
 
     With a residual connection around it, `x + f(x)`, it is the layer of Llama. `skip` mixes the history into it;
-    `context` of the call are the further arguments of `Attention`.
+    `context` of the call are the further arguments of `Attention`. Retrofitted, it adds to several states (..., n, C).
     """
 
     def __init__(self, config: DecoderConfig, index: int, skip: MHCSkip | None = None) -> None:
@@ -97,15 +101,15 @@ class DecoderLayer(nn.Module):
         if skip is not None:
             self.skip = skip
 
-    def attend(self, x: Float[Tensor, "B T C"], *context: Any) -> Float[Tensor, "B T C"]:
+    def attend(self, x: States, *context: Any) -> States:
         """The first branch, attention after its norm."""
         return self.self_attn(self.input_layernorm(x), *context)
 
-    def transform(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+    def transform(self, x: States) -> States:
         """The second branch, SwiGLU after its norm."""
         return self.mlp(self.post_attention_layernorm(x))
 
-    def forward(self, x: Float[Tensor, "B T C"], *context: Any) -> Float[Tensor, "B T C"]:
+    def forward(self, x: States, *context: Any) -> States:
         attended = self.attend(x, *context)
         return attended + self.transform(x + attended)
 
@@ -142,7 +146,7 @@ class DecoderStack(nn.ModuleList):
         else:
             super().__init__(DecoderLayer(config, index) for index in indices)
 
-    def forward(self, x: Float[Tensor, "B T C"], *context: Any) -> Float[Tensor, "B T C"]:
+    def forward(self, x: States, *context: Any) -> States:
         if isinstance(self.connection, MHCConfig):
             return self._with_history(x, self.connection, *context)
         streams = isinstance(self.connection, StreamConfig)

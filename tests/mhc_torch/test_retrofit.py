@@ -14,6 +14,7 @@ from torch import nn
 
 from mhc_torch import (
     HyperConnections,
+    MHCConfig,
     MHCSequential,
     check_model_stability,
     connection_parameters,
@@ -23,11 +24,13 @@ from mhc_torch import (
     retrofit,
     unretrofit,
 )
-from mhc_torch.retrofitting import BLOCKS, BlockStreams, BranchMaps
-from tests import streams_reference
+from mhc_torch.connected import BranchMaps
+from mhc_torch.models import Decoder, DecoderConfig
+from mhc_torch.retrofitting import BLOCKS, BlockConnections
+from tests import reference, streams_reference
 from tests.mhc_torch import retrofitted
 from tests.mhc_torch.own_block import BRANCHES, WIDTH, Block, Own, train_in_parallel
-from tests.mhc_torch.retrofitted import FORMULAS, GENERATORS, MODELS, inputs, learned
+from tests.mhc_torch.retrofitted import FORMULAS, GENERATORS, MODELS, TOKENS, inputs, learned
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -115,6 +118,83 @@ def first_states_out(plain, blocks, x):
     plain(x)
     hook.remove()
     return found[0].detach().numpy()
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "vit"])
+def test_history_keeps_the_function(name):
+    plain, x = learned(name, torch.float64), inputs(name, torch.float64)
+    model = retrofit(copy.deepcopy(plain), history=3)
+    expected, found = plain(x, output_hidden_states=True), model(x, output_hidden_states=True)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-12)
+    for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    if name in GENERATORS:
+        options = {"max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(model.generate(x, **options), plain.generate(x, **options))
+    unretrofit(model)
+    assert torch.equal(model(x).logits, plain(x).logits)
+    stir(retrofit(model, history=3))
+    with pytest.raises(ValueError, match="the connections have learned"):
+        unretrofit(model)
+
+
+@pytest.mark.parametrize("constraint", ["simplex", "sparse"])
+def test_history_is_the_formula(constraint):
+    plain, x = learned("llama", torch.float64), inputs("llama", torch.float64)
+    find, branches = FORMULAS["llama"]
+    blocks = find(plain)
+    model = stir(retrofit(copy.deepcopy(plain), history=3, constraint=constraint))
+    state, args, kwargs = first_states(plain, blocks, x)
+    states = [state.detach().numpy()]
+    for block, connected in zip(blocks, find(model), strict=True):
+        for (branch, _), skip in zip(branches, connected.hyper_connections.values(), strict=True):
+            window, gain = states[-3:], skip.gain.item()
+            weights = reference.mixing_weights(
+                skip.mixing_logits.detach().numpy()[-len(window) :], constraint=constraint
+            )
+            mixed = sum(w * h for w, h in zip(weights, window, strict=True))
+            y = branch(block, torch.from_numpy(states[-1]), args, kwargs).detach().numpy()
+            states.append(states[-1] + y + gain * mixed)
+    found = []
+    find(model)[-1].register_forward_hook(lambda _, args, output: found.append(output))
+    model(x)
+    np.testing.assert_allclose(found[0].detach(), states[-1], rtol=1e-9, atol=1e-11)
+
+
+def test_history_learns_and_checkpoints():
+    model, x = stir(retrofit(learned("gpt2"), history=3, parameters="new")), inputs("gpt2")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    expected = gradients(model, x)
+    assert len(expected) == len(connection_parameters(model)) == 2 * 2 * 2
+    assert all(gradient.abs().max() > 0 for name, gradient in expected.items() if "h.0." not in name)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.testing.assert_close(gradients(model, x), expected, rtol=1e-4, atol=1e-6)
+    weights = extract_mixing_weights(model)
+    assert [len(row) for row in weights.values()] == [1, 2, 3, 3]
+    fresh = stir(retrofit(learned("gpt2"), history=3))
+    assert torch.equal(pickle.loads(pickle.dumps(copy.deepcopy(fresh)))(x).logits, fresh(x).logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"constraint": "identity"}, {"history": 3}])
+def test_our_own_decoder(options):
+    """Whose layers leave the sum to the stack that holds them."""
+    sizes = DecoderConfig(TOKENS, features=WIDTH, mlp_features=24, depth=2, num_heads=2)
+    plain, x = Decoder(sizes).double(), inputs("llama")
+    model = retrofit(copy.deepcopy(plain), **options)
+    torch.testing.assert_close(model(x), plain(x), rtol=0, atol=1e-12)
+    assert torch.equal(copy.deepcopy(stir(model))(x), model(x))
+    assert (model(x) - plain(x)).abs().max() > 1e-3
+
+
+def test_the_state_is_found_by_the_signature(known):
+    plain, x, factor = Block().eval(), torch.randn(2, WIDTH), torch.rand(2, 1)
+    model = retrofit(of(copy.deepcopy(plain)))
+    expected = plain(x, factor)[0]
+    torch.testing.assert_close(model[0](factor=factor, note=None, state=x)[0], expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError, match="must be called with a tensor, its state"):
+        model[0](3.0, 2.0)
 
 
 def test_cross_attention():
@@ -364,9 +444,9 @@ def test_unretrofit():
     retrofit(model)
     with torch.no_grad():
         model.vit.layers[1].hyper_connections.mlp.bias[0] += 1e-3
-    with pytest.raises(ValueError, match=r"the maps have learned.*vit\.layers\.1\.hyper_connections\.mlp'\]"):
+    with pytest.raises(ValueError, match=r"the connections have learned.*vit\.layers\.1\.hyper_connections\.mlp'\]"):
         unretrofit(model)
-    assert sum(isinstance(m, BlockStreams) for m in model.modules()) == 2
+    assert sum(isinstance(m, BlockConnections) for m in model.modules()) == 2
     with pytest.raises(ValueError, match="is not retrofitted"):
         unretrofit(plain)
 
@@ -393,6 +473,12 @@ class Bare(Block):
     def __init__(self):
         super().__init__()
         self.norm1 = nn.LayerNorm(WIDTH, elementwise_affine=False)
+
+
+class Taken(Block):
+    def __init__(self):
+        super().__init__()
+        self.hyper_connections = 3
 
 
 def twice():
@@ -422,6 +508,20 @@ def twice():
         (lambda: of(Block()), {"single_pass": True}, ValueError, "single_pass must be False"),
         (lambda: of(Block()), {"parameters": "old"}, ValueError, "parameters must be one of 'all', 'new'"),
         (lambda: of(Block()), {"max_history": 3}, TypeError, "max_history"),
+        (
+            lambda: of(Block()),
+            {"history": 3, "streams": 2},
+            ValueError,
+            "streams must not be given with history, got 2",
+        ),
+        (lambda: of(Block()), {"history": 1}, ValueError, "history must be at least 2, got 1"),
+        (lambda: of(Block()), {"history": 3, "iterations": 2}, TypeError, "iterations"),
+        (lambda: of(Block()), {"history": 3, "mode": "residual"}, ValueError, "mode must be 'mhc' or 'hc'"),
+        (lambda: of(Block()), {"history": 3, "auto_project": True}, ValueError, "auto_project must be False"),
+        (lambda: of(Block()), {"config": MHCConfig(use_gating=True)}, ValueError, "use_gating must be False"),
+        (lambda: of(Block()), {"config": MHCConfig(stochastic=True)}, ValueError, "stochastic must be False"),
+        (lambda: of(Block()), {"history": 3, "history_scope": "module"}, ValueError, "history_scope 'global'"),
+        (lambda: of(Taken()), {}, ValueError, "'0', a Taken, has an attribute hyper_connections of its own"),
         (lambda: of(Block()), {"block": 3}, TypeError, "block must be a class"),
     ],
 )
