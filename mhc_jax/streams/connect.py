@@ -265,21 +265,26 @@ def single_pass(
     check_single_pass(config, True)
     check_implementation(implementation)
 
-    @jax.checkpoint  # of the maps nothing is kept but the streams
-    def maps_of(params: StreamParams, streams: Array) -> Maps:
-        if params.phi is None or params.alpha is None:
-            return maps(params, streams, config)
-        normalized = normalized_logits(params.phi, streams, config, implementation)
-        return maps_from_normalized(normalized, params.alpha, params.bias, config, implementation)
-
     def connected(params: StreamParams, streams: Array, pre: Array, *args: Any, **kwargs: Any) -> tuple[Array, Array]:
         check_params(params, streams, config)
-        following, post, res = maps_of(params, streams)
+        following, post, res = maps_alone(params, streams, config, implementation)
         output = branch(collapse(pre, streams, implementation=implementation), *args, **kwargs)
-        mixing = res if CONSTRAINTS[config.constraint].mixes else None
-        return write(streams, output, post, mixing, implementation=implementation), following
+        return write(streams, output, post, res, implementation=implementation), following
 
     return connected
+
+
+@partial(jax.checkpoint, static_argnums=(2, 3))  # of the maps nothing is kept but the streams
+def maps_alone(
+    params: StreamParams, streams: Array, config: StreamConfig, implementation: Implementation
+) -> tuple[Array, Array, Array | None]:
+    """H_pre, H_post and H_res, None where it mixes nothing, of streams that are read by other maps."""
+    if params.phi is None or params.alpha is None:
+        found = maps(params, streams, config)
+    else:
+        normalized = normalized_logits(params.phi, streams, config, implementation)
+        found = maps_from_normalized(normalized, params.alpha, params.bias, config, implementation)
+    return found.pre, found.post, found.res if CONSTRAINTS[config.constraint].mixes else None
 
 
 def first_read(streams: Float[Array, "*tokens n C"]) -> Float[Array, "*tokens n"]:
