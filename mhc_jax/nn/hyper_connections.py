@@ -258,7 +258,8 @@ class StreamStack(nnx.Module):
         make_layer: makes one layer, (rngs, index) -> module, of `HyperConnections`: it maps streams to streams. The
             index is traced. A layer may use dropout, keep batch statistics or a cache, and sow. Where it writes
             nothing while it runs, and is nothing but a chain of them, and says so by a method `connected` beside its
-            call, as they do, the write of one and the read of the next are one `boundary`.
+            call, as they do, the write of one and the read of the next are one `boundary`;
+            such layers alone may be of a single pass (`StreamConfig.single_pass`).
         depth: number of layers L.
         streams: number n of streams, 4 by default.
         config: of the layers, in place of `streams`.
@@ -305,7 +306,9 @@ class StreamStack(nnx.Module):
         self.deterministic = False
 
     def __call__(self, x: Float[Array, "*tokens C"], *args: Any, **kwargs: Any) -> Float[Array, "*tokens C"]:
-        """The mean of the streams after the last layer. Further arguments reach every layer, the same for all.
+        """The mean of the streams after the last layer, of a single pass what its H_pre reads.
+
+        Further arguments reach every layer, the same for all.
 
         Raises:
             TypeError: a layer writes its parameters.

@@ -27,7 +27,17 @@ from mhc_jax.kernels.choice import Implementation, check_implementation, impleme
 from mhc_jax.meshes import Axes, alike, feature_axes, on_parts
 from mhc_jax.streams import forms, norm
 from mhc_jax.streams.config import StreamConfig
-from mhc_jax.streams.connect import check_single_pass, expand, fitted, read, reduce, write
+from mhc_jax.streams.connect import (
+    check_single_pass,
+    collapse,
+    expand,
+    first_read,
+    fitted,
+    maps_alone,
+    read,
+    reduce,
+    write,
+)
 from mhc_jax.streams.constraints import CONSTRAINTS
 from mhc_jax.streams.depth import depth_of, scan_any
 from mhc_jax.streams.maps import (
@@ -376,7 +386,8 @@ def apply_branches(
 
     Expands x, runs the branches of every layer one after another, and takes the mean of the streams: what
     `scan_layers` does of layers that `wrap`. The scan carries streams (flat, for kernels), a branch's output and its
-    maps, so that nothing reads what the step before has just written.
+    maps, so that nothing reads what the step before has just written. Of a single pass (`config.single_pass`) the scan
+    carries the H_pre of the branch before, too, by which the branch reads and, after the last, the network ends.
 
     Args:
         layer: from the parameters of one layer, its branches in their order. A branch keeps the shape of x, and x can
@@ -386,7 +397,7 @@ def apply_branches(
         block_length, policy: as of `scan_layers`: of how many layers the streams are kept once, and what else is.
 
     Raises:
-        ValueError: if block_length does not divide L; as `boundary`.
+        ValueError: if block_length does not divide L; branches of a single pass beside others; as `boundary`.
         TypeError: as `boundary`.
 
     Example:
@@ -403,7 +414,12 @@ def apply_branches(
     """
     lead, width, dtype = x.shape[:-1], x.shape[-1], jnp.promote_types(x.dtype, jnp.float32)
     branches = _branches(layer, params)
-    flat = any(implementation == "pallas" for _, implementation in branches) and not feature_axes(x)
+    single_pass = {config.single_pass for config, _ in branches}
+    if len(single_pass) > 1:
+        raise ValueError("config.single_pass must be the same of all branches: H_pre goes from each to the next")
+    once = single_pass == {True}
+    by_kernels = not once and any(implementation == "pallas" for _, implementation in branches)
+    flat = by_kernels and not feature_axes(x)
     mixes = any(CONSTRAINTS[config.constraint].mixes for config, _ in branches[-1:])
     # The first boundary passes the streams on: H_res is 1, and no branch has written.
     no_post = jnp.zeros((*lead, streams), dtype)
@@ -412,20 +428,43 @@ def apply_branches(
         jnp.zeros_like(x),
         no_post,
         forms.mixing(None, no_post) if mixes else None,
+        first_read(expand(x, streams)) if once else None,
     )
 
     def step(params: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        new, output, post, res = carry
+        new, output, post, res, pre = carry
         for connected in layer(params):
             _, maps_params, config, implementation = connected
-            between = boundary if new.ndim > output.ndim else flat_boundary
-            new, h, post, res = between(maps_params, new, output, post, res, config, implementation=implementation)
+            if once:
+                arguments = maps_params, new, output, post, res, pre
+                new, h, pre, post, res = _single_pass_boundary(*arguments, config, implementation)
+            else:
+                between = boundary if new.ndim > output.ndim else flat_boundary
+                new, h, post, res = between(maps_params, new, output, post, res, config, implementation=implementation)
             output = fitted(connected.branch(h), new.dtype)
-        return new, output, post, res
+        return new, output, post, res, pre
 
     wide = (*lead, streams * width), (*lead, streams, width)
-    new, output, post, res = scan_any(step, params, first, block_length, wide, source=layer, policy=policy)
-    return reduce(write(_parted(new, output, streams), output, post, res))
+    new, output, post, res, pre = scan_any(step, params, first, block_length, wide, source=layer, policy=policy)
+    new = write(_parted(new, output, streams), output, post, res)
+    return reduce(new) if pre is None else collapse(pre, new)
+
+
+@partial(jax.checkpoint, static_argnums=(6, 7))  # kept are the arguments, as of `boundary`
+def _single_pass_boundary(
+    params: StreamParams,
+    streams: Array,
+    output: Array,
+    post: Array,
+    res: Array | None,
+    pre: Array,
+    config: StreamConfig,
+    implementation: Implementation,
+) -> tuple[Array, Array, Array, Array, Array | None]:
+    """X', x' = pre X' by the H_pre of the branch before, and the maps of X'."""
+    check_params(params, streams, config)
+    new = write(streams, _written(streams, output, post, res), post, res, implementation=implementation)
+    return new, collapse(pre, new, implementation=implementation), *maps_alone(params, new, config, implementation)
 
 
 def _branches(layer: Callable[[Any], Iterable[Connected]], params: Any) -> list[tuple[StreamConfig, Implementation]]:

@@ -303,23 +303,26 @@ def single_pass(
     check_single_pass(config, True)
     check_implementation(implementation)
 
-    @jax.checkpoint  # of the maps nothing is kept but the streams
-    def maps_of(params: StreamParams, streams: Array) -> Maps:
-        def of_part(
-            phi: Array | None, alpha: Array | None, bias: Array, streams: Array, over: Axes
-        ) -> tuple[Array, ...]:
-            return tuple(maps(StreamParams(phi, alpha, bias), streams, config, over, implementation))
-
-        return Maps(*on_parts(of_part, "nc,m a m ...nc -> ...n ...n ...nn", *params, streams))
-
     def connected(params: StreamParams, streams: Array, pre: Array, *args: Any, **kwargs: Any) -> tuple[Array, Array]:
         check_params(params, streams, config)
-        following, post, res = maps_of(params, streams)
+        following, post, res = maps_alone(params, streams, config, implementation)
         output = branch(collapse(pre, streams, implementation=implementation), *args, **kwargs)
-        mixing = res if CONSTRAINTS[config.constraint].mixes else None
-        return write(streams, output, post, mixing, implementation=implementation), following
+        return write(streams, output, post, res, implementation=implementation), following
 
     return connected
+
+
+@partial(jax.checkpoint, static_argnums=(2, 3))  # of the maps nothing is kept but the streams
+def maps_alone(
+    params: StreamParams, streams: Array, config: StreamConfig, implementation: Implementation
+) -> tuple[Array, Array, Array | None]:
+    """H_pre, H_post and H_res, None where it mixes nothing, of streams that are read by other maps."""
+
+    def of_part(phi: Array | None, alpha: Array | None, bias: Array, streams: Array, over: Axes) -> tuple[Array, ...]:
+        return tuple(maps(StreamParams(phi, alpha, bias), streams, config, over, implementation))
+
+    pre, post, res = on_parts(of_part, "nc,m a m ...nc -> ...n ...n ...nn", *params, streams)
+    return pre, post, res if CONSTRAINTS[config.constraint].mixes else None
 
 
 def first_read(streams: Float[Array, "*tokens n C"]) -> Float[Array, "*tokens n"]:

@@ -315,3 +315,45 @@ def test_a_scan_over_boundaries_is_the_scan_over_layers(block_length):
                 assert sorted(wide) == sorted(last + layers)
     for ours, theirs in zip(*map(jax.tree.leaves, outcomes), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12 * max(1, np.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("constraint", ["sinkhorn", "identity"])
+@pytest.mark.parametrize("block_length", [1, 2])
+def test_a_scan_of_a_single_pass_is_the_chain_of_its_layers(block_length, constraint):
+    config, depth, width = StreamConfig(3, constraint, iterations=3, single_pass=True), 4, 6
+    rng = np.random.default_rng(0)
+    shapes = (3 * width, config.logits), (3,), (config.logits,)
+    maps = StreamParams(*(rng.normal(size=(depth, *shape)) / 4 for shape in shapes))
+    params, (x, cotangent) = (maps, rng.normal(size=(depth, width, width))), rng.normal(size=(2, 7, width))
+
+    def scanned(params, x):
+        def layer(params):
+            maps, w = params
+            return [streams.Connected(lambda h: jnp.tanh(h @ w), maps, config)]
+
+        return streams.apply_branches(layer, params, x, 3, block_length=block_length)
+
+    def chained(params, x):
+        wide = streams.expand(x, 3)
+        pre = streams.first_read(wide)
+        for maps, w in zip(map(StreamParams._make, zip(*params[0], strict=True)), params[1], strict=True):
+            wide, pre = streams.single_pass(lambda h, w=w: jnp.tanh(h @ w), config)(maps, wide, pre)
+        return streams.collapse(pre, wide)
+
+    with jax.enable_x64(True):
+        outcomes = []
+        for function in (scanned, chained):
+            result, pullback = jax.vjp(function, params, x)
+            outcomes.append((result, pullback(cotangent)))
+    for ours, theirs in zip(*map(jax.tree.leaves, outcomes), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12 * max(1, np.abs(theirs).max()))
+
+
+def test_a_single_pass_is_of_all_branches_or_of_none():
+    def layer(maps):
+        configs = StreamConfig(2, single_pass=True), StreamConfig(2)
+        return [streams.Connected(jnp.tanh, maps, config) for config in configs]
+
+    maps = jax.tree.map(lambda leaf: leaf[None], streams.init_params(StreamConfig(2), 4))
+    with pytest.raises(ValueError, match=r"single_pass must be the same of all branches"):
+        streams.apply_branches(layer, maps, jnp.ones((3, 4)), 2)
