@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
+
+from mhc_jax.placement import BATCH, splits_batch
 
 Attention = Literal["plain", "splash", "cudnn"] | None
 
@@ -63,10 +66,18 @@ def attend(
         return _plain(q, k, v, _causal(q, segments) if mask is None else mask)
     kernel, takes, what = _KERNELS[chosen]
     if takes(q):
-        return kernel(q, k, v, segments)
+        return _on_parts(kernel, q, k, v, segments)
     if implementation is not None:
         raise ValueError(f"implementation={chosen!r} takes {what}; q is {q.dtype}{list(q.shape)}")
     return _plain(q, k, v, _causal(q, segments))
+
+
+def _on_parts(kernel: Any, *arrays: Any) -> Array:
+    """The kernel, each device on its rows: XLA's partitioner cannot split one."""
+    if not splits_batch(arrays[0]):
+        return kernel(*arrays)
+    rows = PartitionSpec(BATCH)
+    return jax.shard_map(kernel, in_specs=rows, out_specs=rows, axis_names={BATCH}, check_vma=False)(*arrays)
 
 
 def _causal(q: Array, segments: Array | None) -> Bool[Array, "#B T T"]:

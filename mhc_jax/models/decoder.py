@@ -19,6 +19,7 @@ from mhc_jax.models.sampling import check_sampling, generate
 from mhc_jax.nn.hyper_connections import ConnectionMaps, StreamStack
 from mhc_jax.nn.stack import MHCStack
 from mhc_jax.options import resolve
+from mhc_jax.placement import split_batch
 from mhc_jax.streams import Connected, Implementation, StreamConfig, expand, reduce
 
 Connection = Literal["residual", "history", "streams"]
@@ -98,11 +99,11 @@ class DecoderLayer(nnx.Module):
 
     def attend(self, x: States, *context: Any) -> States:
         """The first branch, attention after its norm."""
-        return self.self_attn(self.input_layernorm(x), *context)
+        return split_batch(self.self_attn(self.input_layernorm(split_batch(x)), *context))
 
     def transform(self, x: States) -> States:
         """The second branch, SwiGLU after its norm."""
-        return self.mlp(self.post_attention_layernorm(x))
+        return split_batch(self.mlp(self.post_attention_layernorm(split_batch(x))))
 
     def __call__(self, x: States, *context: Any) -> States:
         attended = self.attend(x, *context)
@@ -275,7 +276,7 @@ class Decoder(nnx.Module):
                 shape = f"{given.dtype}{list(given.shape)}"
                 raise ValueError(f"{name} must be integers of tokens' shape {list(tokens.shape)}, got {shape}")
         x = self.embed_tokens(tokens)
-        x = x.astype(self.state_dtype or x.dtype)
+        x = split_batch(x.astype(self.state_dtype or x.dtype))
         if cache is None:
             context = () if positions is None and segments is None else (None, positions, segments)
             return self.norm(self.stack(x, *context))

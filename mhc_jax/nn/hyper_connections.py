@@ -21,6 +21,7 @@ from mhc_jax.nn.merged import CARRIED, GIVEN, Carries, Merged, MergedBranches, d
 from mhc_jax.nn.parameters import ConnectionParam
 from mhc_jax.nn.stack import unstacked
 from mhc_jax.options import resolve
+from mhc_jax.placement import gather
 from mhc_jax.streams import Connected, HeadParams, Implementation, Maps, StreamConfig, StreamParams, maps
 from mhc_jax.streams.config import DEFAULTS
 from mhc_jax.streams.conventions import Parameters, check_assigned, convention_named
@@ -58,7 +59,7 @@ class ConnectionMaps(nnx.Module):
         """The parameters of the maps, for the functions of `mhc_jax.streams`."""
         if self.phi is None or self.alpha is None:
             return StreamParams(None, None, self.bias[...])
-        return StreamParams(self.phi[...], self.alpha[...], self.bias[...])
+        return StreamParams(gather(self.phi[...]), self.alpha[...], self.bias[...])
 
     def load_from(self, convention: str, tensors: Mapping[str, Any]) -> None:
         """Take the parameters of a public model's branch, by the names that they have there.
@@ -231,7 +232,7 @@ class StreamHead(nnx.Module):
         return convention_named(convention).store(_arrays(self), self.config, head=True)
 
     def __call__(self, streams: Float[Array, "*tokens n C"]) -> Float[Array, "*tokens C"]:
-        params = HeadParams(self.phi[...], self.alpha[...], self.bias[...])
+        params = HeadParams(gather(self.phi[...]), self.alpha[...], self.bias[...])
         return functional.head(params, streams, self.config, implementation=self.implementation)
 
 

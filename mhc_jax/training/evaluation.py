@@ -6,18 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from mhc_jax.models import Decoder
+from mhc_jax.training.assembly import language_loss
 from mhc_jax.training.config import EvaluationConfig
 from mhc_jax.training.data import BYTES
 from mhc_jax.training.sharding import shard_batch
-from mhc_jax.training.step import Metrics, TrainState
-
-
-def language_loss(model: Decoder, batch: Mapping[str, Array]) -> tuple[Float[Array, ""], Metrics]:
-    """The loss of a batch of `mhc_jax.training.data`: no token sees another document, or is predicted from one."""
-    return model.loss(batch["tokens"], segments=batch["segments"]), {}
+from mhc_jax.training.step import TrainState
 
 
 class Evaluation:
@@ -65,6 +60,10 @@ class Evaluation:
         if tokens.max() < BYTES:
             return bytes(tokens.tolist()).decode(errors="replace")
         return " ".join(map(str, tokens))
+
+    def _loss_of(self, state: TrainState, batch: Mapping[str, Array]) -> Array:
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return language_loss(state.model, batch)[0]
 
     def _continue(self, state: TrainState, prompt: Array, step: Array) -> Any:
         key = jax.random.fold_in(jax.random.key(self.seed), step)

@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 
 from mhc_jax.monitoring.dashboard import Tracker
-from mhc_jax.monitoring.diagnostics import diagnose
+from mhc_jax.training.assembly import assemble
 from mhc_jax.training.checkpoint import numbered, read_metadata, restore, restore_part
 from mhc_jax.training.config import TrainingConfig, as_json
 from mhc_jax.training.data import evaluation_batches, open_data, training_batches
-from mhc_jax.training.evaluation import Evaluation, language_loss
+from mhc_jax.training.evaluation import Evaluation
 from mhc_jax.training.loop import train
-from mhc_jax.training.optimizer import learning_rate, make_optimizer
+from mhc_jax.training.optimizer import learning_rate
 from mhc_jax.training.retention import Checkpoints
-from mhc_jax.training.sharding import data_mesh, fully_sharded, replicated, shard_batch
-from mhc_jax.training.step import TrainState, make_train_step
+from mhc_jax.training.sharding import data_mesh, shard_batch
+from mhc_jax.training.step import TrainState
 from mhc_jax.training.throughput import Throughput, flops_per_token, peak
 from mhc_jax.training.tracking import MetricsFile, Several, TensorBoard
 
@@ -27,8 +26,6 @@ try:
     from tqdm import tqdm
 except ImportError as error:
     raise ImportError("the training program needs tqdm: pip install 'mhc-jax[train]'") from error
-
-PLACEMENTS = {"replicated": replicated, "fully_sharded": fully_sharded}
 
 
 class Run:
@@ -38,7 +35,7 @@ class Run:
         config: all of it. Processes have found each other (`start_processes`).
 
     Attributes:
-        parameters: how many there are.
+        assembly: its parts.
         begun: updates that were made before.
 
     Raises:
@@ -53,27 +50,19 @@ class Run:
         >>> from mhc_jax.training.config import DataConfig, TrainingConfig
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     run = Run(TrainingConfig(folder=Path(folder), data=DataConfig(batch=jax.device_count())))
-        >>> run.parameters, run.begun
+        >>> run.assembly.parameters, run.begun
         (10818756, 0)
     """
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config, self.mesh = config, data_mesh()
-        devices, parts = self.mesh.size, config.optimizer.accumulate
-        if config.data.batch % (devices * parts):
-            each = f"{devices} devices" + (f" times optimizer.accumulate={parts}" if parts > 1 else "")
-            raise ValueError(f"data.batch must be a multiple of {each}, got {config.data.batch}")
+        self.assembly = assemble(config, self.mesh)
         self.rows, self.training = open_data(config.data, config.model.sizes.vocabulary)
         self._process = {"process": jax.process_index(), "processes": jax.process_count()}
         count = config.evaluation.batches
         held_out = evaluation_batches(self.rows, self.training, config.data.batch, count, **self._process)
         sizes = config.model.sizes
         self.evaluation = Evaluation(config.evaluation, held_out, self.mesh, config.seed, sizes.vocabulary)
-        params = nnx.state(nnx.eval_shape(self._new_model), nnx.Param)
-        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-        self.optimizer = make_optimizer(config.optimizer, config.steps, params)
-        self.shapes = jax.eval_shape(self._new_state)
-        self.shardings = PLACEMENTS[config.placement](self.shapes, self.mesh)
         self._open_folder()
 
     def _open_folder(self) -> None:
@@ -108,9 +97,8 @@ class Run:
         """
         if self.latest is not None:
             self._say(f"going on after update {self.begun}")
-            like = jax.tree.map(_placed, self.shapes, self.shardings)
-            return restore(self.latest, {"state": like})["state"]
-        state = jax.jit(self._new_state, out_shardings=self.shardings)()
+            return restore(self.latest, {"state": self.assembly.shapes})["state"]
+        state = self.assembly.new_state()
         source = self.config.checkpoints.start_from
         if source is None:
             return state
@@ -133,20 +121,13 @@ class Run:
             None if one is None else one * jax.device_count(),
         )
         self._rate = learning_rate(config.optimizer, config.steps)
-        step = make_train_step(
-            language_loss,
-            self.optimizer,
-            diagnose=diagnose if config.dashboard else None,
-            shardings=self.shardings,
-            accumulate=config.optimizer.accumulate,
-        )
         first = jax.process_index() == 0
         # None: where nobody looks at a screen, there is no bar.
         self._bar = tqdm(total=config.steps, initial=self.begun, unit="update", disable=None if first else True)
         try:
             state = train(
                 state,
-                step,
+                self.assembly.make_step(),
                 self._batches(),
                 tracker=self,
                 log_interval=config.log_every,
@@ -216,12 +197,6 @@ class Run:
         )
         return (shard_batch(batch, self.mesh) for batch in itertools.islice(own, self.config.steps - self.begun))
 
-    def _new_model(self) -> nnx.Module:
-        return self.config.model.make(nnx.Rngs(self.config.seed))
-
-    def _new_state(self) -> TrainState:
-        return TrainState.create(self._new_model(), self.optimizer)
-
     def _say(self, text: str) -> None:
         if jax.process_index() == 0:
             tqdm.write(text)
@@ -236,10 +211,6 @@ def start_processes(config: TrainingConfig) -> None:
     processes = config.processes
     if processes.several:
         jax.distributed.initialize(processes.coordinator, processes.count, processes.index)
-
-
-def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _check_same(path: Path, metadata: dict[str, Any], identity: dict[str, Any]) -> None:

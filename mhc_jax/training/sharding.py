@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXIS = "data"
+from mhc_jax.placement import BATCH
 
 
 def data_mesh() -> Mesh:
@@ -25,7 +25,7 @@ def data_mesh() -> Mesh:
         >>> dict(data_mesh().shape) == {"data": jax.device_count()}
         True
     """
-    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+    return jax.make_mesh((jax.device_count(),), (BATCH,), axis_types=(AxisType.Auto,))
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:
@@ -58,7 +58,7 @@ def fully_sharded(tree: Any, mesh: Mesh) -> Any:
         if not any(lengths):
             return NamedSharding(mesh, PartitionSpec())
         longest = int(np.argmax(lengths))
-        return NamedSharding(mesh, PartitionSpec(*[None] * longest, AXIS))
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, BATCH))
 
     return jax.tree.map(place, tree)
 
@@ -73,7 +73,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     Raises:
         ValueError: the number of rows is not a multiple of the devices of this process.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH))
 
     def place(keys: Any, leaf: Any) -> jax.Array:
         local = len(mesh.local_devices)

@@ -189,9 +189,17 @@ def make_train_step(
             raise ValueError(f"loss_fn: its metrics {sorted(clash)} have names that the step reports itself")
         return new_state, report | dict(metrics)
 
+    if shardings is None:
+        return jax.jit(train_step, donate_argnums=0)
+    mesh = jax.tree.leaves(shardings)[0].mesh
+
+    def placed_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        # The model asks for the mesh around it, and splits its states by it.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return train_step(state, batch)
+
     # Metrics are whole on every device, so that each of several processes can read them.
-    reported = None if shardings is None else NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, reported))
+    return jax.jit(placed_step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
 
 
 def _parts(leaf: Array, accumulate: int) -> Array:

@@ -1,0 +1,250 @@
+"""What a training costs on a TPU that is not here: `python -m mhc_jax.training.plan CONFIG.py --target v5p:2x2x4`.
+
+libtpu compiles the whole training step for the topology, and says what memory it takes and how long its parts run.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import os
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mhc_jax.models.decoder import REMAT_NAMES
+from mhc_jax.placement import BATCH
+from mhc_jax.training.assembly import PLACEMENTS, assemble
+from mhc_jax.training.config import TrainingConfig, load_config
+from mhc_jax.training.throughput import flops_per_token, peak
+
+REMATS = (None, REMAT_NAMES, ("attention", "attention_out", "mlp_out"), ())
+BLOCK_LENGTHS = (1, 2, 4)
+# Cycles a second of the matrix units, by the start of `device_kind`: published peaks, and what a unit does in a cycle.
+_CLOCKS = {"TPU v5 lite": 1.5e9, "TPU v5": 1.75e9, "TPU v6": 1.75e9, "TPU7x": 2.2e9}
+_SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the compiler makes of a training step, for one device.
+
+    Attributes:
+        complaint: why it does not fit; "" if it does, and then there is the rest.
+        memory: bytes of parameters, optimizer and batch, and of all that lives only within a step.
+        seconds: of a step, by the compiler's cycles of each instruction; waiting for other devices is not in it, and
+            what kernels of Pallas take is not.
+        fraction: of the peak, of the decoder's own operations in that time; None where cycles or peak are not known.
+        flops: the decoder's own operations of a step, of this device.
+        collectives: by kind, how many run in a step and the bytes of their results.
+    """
+
+    complaint: str = ""
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    seconds: float | None = None
+    flops: float = 0.0
+    fraction: float | None = None
+    collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if self.complaint:
+            return f"does not fit: {self.complaint}"
+        lines = [f"fits: {sum(self.memory.values()) / 2**30:.2f} GiB a device"]
+        lines += [f"  {name:<12} {size / 2**30:8.2f} GiB" for name, size in self.memory.items()]
+        if self.seconds is not None:
+            lines.append(
+                f"  a step takes {self.seconds:.4g} s by the compiler's cycles, without collectives and kernels"
+            )
+        if self.fraction is not None:
+            lines.append(f"  {self.flops:.4g} operations, {self.fraction:.1%} of the peak")
+        lines += [
+            f"  {kind}: {count} a step, {size / 2**20:.1f} MiB" for kind, (count, size) in self.collectives.items()
+        ]
+        return "\n".join(lines)
+
+
+def plan(config: TrainingConfig, target: str) -> Plan:
+    """Compiles the training step of `config` for a topology of TPUs.
+
+    Args:
+        target: as libtpu knows it, such as "v5e:2x2", "v5p:2x2x4" or "v6e:2x4".
+
+    Raises:
+        ModuleNotFoundError: libtpu is not installed.
+        ValueError: it does not know the topology, or the batch does not divide over it.
+    """
+    devices = _devices(target)
+    mesh = Mesh(np.array(devices), (BATCH,), axis_types=(AxisType.Auto,))
+    if config.model.attention is None:
+        config = _changed(config, attention="splash")
+    assembly = assemble(config, mesh)
+    rows = (config.data.batch, config.data.length + 1)
+    tokens = jax.ShapeDtypeStruct(rows, np.int32, sharding=NamedSharding(mesh, PartitionSpec(BATCH)))
+    traced = assembly.make_step().trace(assembly.shapes, {"tokens": tokens, "segments": tokens})
+    try:
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = re.search(r"Used [\d.]+\w+ of [\d.]+\w+ \w+", str(error))
+        return Plan(used.group(0) if used else str(error).splitlines()[0])
+    kind = devices[0].device_kind
+    cycles, collectives = read(compiled.as_text())
+    clock = next((clock for name, clock in _CLOCKS.items() if kind.startswith(name)), None)
+    seconds = None if clock is None else cycles / clock
+    flops = flops_per_token(config.model.sizes, config.data.length) * config.data.batch * config.data.length / mesh.size
+    most = peak(kind)
+    state = assembly.shapes
+    memory = {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state)}
+    analysis = compiled.memory_analysis()
+    memory["batch"] = max(analysis.argument_size_in_bytes - sum(memory.values()), 0)
+    memory["a step"] = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    fraction = None if seconds is None or most is None else flops / seconds / most
+    return Plan("", memory, seconds, flops, fraction, collectives)
+
+
+def search(config: TrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
+    """Configs of the same function that keep more or less for the backward pass, and split parameters or not.
+
+    Example:
+        >>> len(list(search(TrainingConfig())))
+        16
+    """
+    blocks = BLOCK_LENGTHS if config.model.connection == "streams" else (1,)
+    for placement, remat, block in itertools.product(PLACEMENTS, REMATS, blocks):
+        if config.model.sizes.depth % block == 0 or block == 1:
+            name = f"placement={placement} remat={remat} block_length={block}"
+            yield name, _changed(dataclasses.replace(config, placement=placement), remat=remat, block_length=block)
+
+
+def read(program: str) -> tuple[int, dict[str, tuple[int, int]]]:
+    """Cycles of an optimized program for TPUs, and its collectives by kind: how many run, and bytes of their results.
+
+    Loops count as often as they run; a loop that does not say how often counts once.
+
+    Example:
+        >>> program = '''
+        ... %body (p: f32[8]) -> f32[8] {
+        ...   %p = f32[8]{0} parameter(0)
+        ...   %f = f32[8]{0} fusion(%p), calls=%c, backend_config={"estimated_cycles":"7"}
+        ...   ROOT %g = f32[16]{0} all-gather(%f), dimensions={0}
+        ... }
+        ... %condition (p: f32[8]) -> pred[] {
+        ...   %n = s32[] constant(5)
+        ... }
+        ... ENTRY %main (x: f32[8]) -> f32[8] {
+        ...   ROOT %w = f32[8]{0} while(%x), condition=%condition, body=%body
+        ... }'''
+        >>> read(program)
+        (35, {'all-gather': (5, 320)})
+    """
+    computations: dict[str, list[str]] = defaultdict(list)
+    name = entry = ""
+    for line in program.splitlines():
+        if begin := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            name = begin.group(2)
+            entry = name if begin.group(1) else entry
+        elif " = " in line:
+            computations[name].append(line)
+    cycles = 0
+    found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+
+    def walk(name: str, times: int, fused: bool) -> None:
+        nonlocal cycles
+        for line in computations[name]:
+            operation = re.search(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(", line)
+            if operation is None:
+                continue
+            kind = operation.group(2).removesuffix("-start")
+            if kind in _COLLECTIVES:
+                found[kind][0] += times
+                found[kind][1] += times * max(map(_array_bytes, re.findall(r"(\w+)\[([\d,]*)\]", operation.group(1))))
+            estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+            cycles += times * int(estimate.group(1)) if estimate and not fused else 0
+            runs = times * (_trips(computations, line) if kind == "while" else 1)
+            for called in re.findall(r"\b(?:body|calls)=%?([\w.\-]+)", line):
+                walk(called, runs, fused or kind == "fusion")
+            for listed in re.findall(r"branch_computations=\{([^}]*)\}", line):
+                for branch in listed.split(","):
+                    walk(branch.strip().lstrip("%"), times, fused)
+
+    walk(entry, 1, fused=False)
+    return cycles, {kind: (count, size) for kind, (count, size) in found.items()}
+
+
+def _trips(computations: dict[str, list[str]], line: str) -> int:
+    # JAX counts from 0, and compares with the one integer of the condition.
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    lines = computations[condition.group(1)] if condition else []
+    numbers = {number for each in lines for number in re.findall(r"= s32\[\]\S* constant\((\d+)\)", each)}
+    return int(numbers.pop()) if len(numbers) == 1 else 1
+
+
+def _array_bytes(shape: tuple[str, str]) -> int:
+    return _SIZES.get(shape[0], 4) * prod(int(length) for length in shape[1].split(",") if length)
+
+
+def _bytes(tree: Any) -> int:
+    """Of what one device holds."""
+    leaves = jax.tree.leaves(tree)
+    return sum(prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _changed(config: TrainingConfig, **model: Any) -> TrainingConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+
+
+def _devices(target: str) -> Any:
+    if find_spec("libtpu") is None:
+        raise ModuleNotFoundError("the plan needs the compiler of TPUs: pip install libtpu")
+    # There is no TPU, whose metadata to ask for, and which one process alone could use.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=target).devices
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--target: libtpu knows no topology {target!r}: {str(error).splitlines()[0]}") from error
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m mhc_jax.training.plan", description=__doc__)
+    parser.add_argument("config", type=Path, help="a Python file that says config = TrainingConfig(...)")
+    parser.add_argument("--target", required=True, help="a topology, such as v5p:2x2x4 or v5e:2x2")
+    parser.add_argument("--batch", type=int, help="in place of data.batch")
+    parser.add_argument("--search", action="store_true", help="try remat, block lengths and placements")
+    given = parser.parse_args()
+    try:
+        config = load_config(given.config)
+        if given.batch is not None:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch=given.batch))
+        if not given.search:
+            made = plan(config, given.target)
+            print(made)
+            return int(bool(made.complaint))
+        tried = []
+        for name, changed in search(config):
+            made = plan(changed, given.target)
+            print(f"{name}\n{made}", flush=True)
+            if not made.complaint:
+                tried.append((made.seconds or 0.0, name))
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"the least time that fits: {min(tried)[1]}" if tried else "none of them fits")
+    return int(not tried)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
