@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 
 _LINE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:(LB|LH|LE|PB|PF|CT)\s*)?:\s*(>(?: ?>)*)?\s*\{")
-_EXIT = re.compile(r"totalorder [^,]+, (\d+) /\* loop exit test \*/")
+_EXIT = re.compile(r"totalorder %(\w+), (\d+) /\* loop exit test \*/")
+_STEP = re.compile(r"%(\w+) = sadd\.s32 (\d+), %")
 _SPILL = re.compile(r"\bvst\b[^;]*_spill")
 
 
@@ -44,7 +45,8 @@ def schedule(text: str) -> Schedule:
     Raises:
         ValueError: there are no bundles in it.
     """
-    lines = [_bundle(line, found) for line in text.splitlines() if (found := _LINE.match(line))]
+    steps = {name: int(by) for name, by in _STEP.findall(text)}
+    lines = [_bundle(line, found, steps) for line in text.splitlines() if (found := _LINE.match(line))]
     if not lines:
         raise ValueError(f"text must be a schedule of final bundles, got {text[:60]!r}")
     whole = _Loop(lines, 0, len(lines))
@@ -52,10 +54,12 @@ def schedule(text: str) -> Schedule:
     return Schedule(grid.trips or 1, grid.turn, whole.turn, grid.spills, whole.unknown - 1)
 
 
-def _bundle(line: str, found: re.Match[str]) -> _Bundle:
+def _bundle(line: str, found: re.Match[str], steps: dict[str, int]) -> _Bundle:
     test = _EXIT.search(line)
+    # A loop that the kernel unrolls counts by more than one.
+    trips = -(-int(test.group(2)) // steps.get(test.group(1), 1)) if test else None
     depth = (found.group(3) or "").count(">")
-    return _Bundle(depth, found.group(2) == "LB", bool(_SPILL.search(line)), int(test.group(1)) if test else None)
+    return _Bundle(depth, found.group(2) == "LB", bool(_SPILL.search(line)), trips)
 
 
 class _Loop:

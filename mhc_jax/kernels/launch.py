@@ -47,19 +47,24 @@ def launched(kernel: Callable[..., None], **options: Any) -> Callable[..., Any]:
     return of_parts
 
 
-def on_every_platform(function: Any, *arguments: Array, tpu: Any, gpu: Any) -> Any:
-    """`function(*arguments, block=, options=)`, with the block of the platform that the program is compiled for.
+def by_platform(*arguments: Array, tpu: Callable[..., Any], gpu: Callable[..., Any]) -> Any:
+    """`tpu(*arguments, options=)` or `gpu(*arguments, options=)`, for the platform that the program is compiled for.
 
-    Lowers to Mosaic for TPU and to Triton for CUDA and ROCm; on any other platform kernels are interpreted, for tests.
+    Lowers to Mosaic for TPU and to Triton for CUDA and ROCm. Any other platform interprets the latter, for tests.
     """
-    triton_call = partial(function, block=gpu, options={"compiler_params": triton.CompilerParams()})
+    triton_call = partial(gpu, options={"compiler_params": triton.CompilerParams()})
     return lax.platform_dependent(
         *arguments,
-        tpu=partial(function, block=tpu, options={}),
+        tpu=partial(tpu, options={}),
         cuda=triton_call,
         rocm=triton_call,
-        default=partial(function, block=gpu, options={"interpret": True}),
+        default=partial(gpu, options={"interpret": True}),
     )
+
+
+def on_every_platform(function: Any, *arguments: Array, tpu: Any, gpu: Any) -> Any:
+    """`by_platform` of one function `(*arguments, block=, options=)` that has a block for either."""
+    return by_platform(*arguments, tpu=partial(function, block=tpu), gpu=partial(function, block=gpu))
 
 
 def cost(flops: int, *arrays: Array | jax.ShapeDtypeStruct, transcendentals: int = 0) -> pl.CostEstimate:

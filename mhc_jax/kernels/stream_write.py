@@ -1,5 +1,6 @@
 """The merge of n streams as Pallas kernels: forward reads (n+1)C numbers a token and writes nC, backward reads (2n+1)C
-and writes (n+1)C, each in one pass (arXiv 2512.24880, section 4.3.1)."""
+and writes (n+1)C, each in one pass (arXiv 2512.24880, section 4.3.1). Those for GPU are here, those for TPU in
+stream_write_tpu.py."""
 
 from typing import Any
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from mhc_jax.kernels.launch import GPU_BLOCK, TPU_BLOCK, cost, filled, launched, on_every_platform, rows, specs
+from mhc_jax.kernels import stream_write_tpu
+from mhc_jax.kernels.launch import GPU_BLOCK, by_platform, cost, filled, launched, rows, specs
 
 
 def write(
@@ -18,8 +20,8 @@ def write(
     res: Float[Array, "*tokens n n"],
 ) -> Float[Array, "*tokens n C"]:
     """``mhc_jax.streams.write``: res @ streams + post ⊗ output, summed in the dtype of the maps."""
-    arguments = rows(streams, 2), rows(output, 1), _table(post, res)
-    return on_every_platform(_forward, *arguments, tpu=TPU_BLOCK, gpu=GPU_BLOCK).reshape(streams.shape)
+    arguments = rows(streams, 2), rows(output, 1), rows(post, 1), rows(res, 2)
+    return by_platform(*arguments, tpu=stream_write_tpu.forward, gpu=_forward).reshape(streams.shape)
 
 
 def write_backward(
@@ -30,20 +32,18 @@ def write_backward(
     res: Float[Array, "*tokens n n"],
 ) -> tuple[Array, Array, Array, Array]:
     """The derivatives of the four arguments of `write`."""
-    arguments = rows(cotangent, 2), rows(streams, 2), rows(output, 1), _table(post, res)
-    d_streams, d_output, d_table = on_every_platform(_backward, *arguments, tpu=TPU_BLOCK, gpu=GPU_BLOCK)
-    d_post, d_res = jnp.split(d_table, [post.shape[-1]], axis=-1)
-    gradients = d_streams, d_output, d_post, d_res
+    arguments = rows(cotangent, 2), rows(streams, 2), rows(output, 1), rows(post, 1), rows(res, 2)
+    gradients = by_platform(*arguments, tpu=stream_write_tpu.backward, gpu=_backward)
     return tuple(d.reshape(a.shape) for d, a in zip(gradients, (streams, output, post, res), strict=True))
 
 
 def _table(post: Array, res: Array) -> Array:
     """Both maps of a token in one row: post, then the rows of res."""
-    return jnp.concatenate([rows(post, 1), rows(res, 2).reshape(-1, post.shape[-1] ** 2)], axis=-1)
+    return jnp.concatenate([post, res.reshape(-1, post.shape[1] ** 2)], axis=1)
 
 
-def _forward(streams: Array, output: Array, table: Array, *, block: tuple[int, int], options: dict[str, Any]) -> Array:
-    tokens, n, features = streams.shape
+def _forward(streams: Array, output: Array, post: Array, res: Array, *, options: dict[str, Any]) -> Array:
+    (tokens, n, features), block, table = streams.shape, GPU_BLOCK, _table(post, res)
     streams, output = filled(streams, block), filled(output, block)
     # Triton loads powers of two only.
     table = filled(table, (block[0], pl.next_power_of_2(table.shape[1])))
@@ -75,12 +75,12 @@ def _backward(
     cotangent: Array,
     streams: Array,
     output: Array,
-    table: Array,
+    post: Array,
+    res: Array,
     *,
-    block: tuple[int, int],
     options: dict[str, Any],
-) -> tuple[Array, Array, Array]:
-    (tokens, n, features), maps_of_a_token = streams.shape, table.shape[1]
+) -> tuple[Array, Array, Array, Array]:
+    (tokens, n, features), block, table = streams.shape, GPU_BLOCK, _table(post, res)
     cotangent, streams, output = (filled(array, block) for array in (cotangent, streams, output))
     table = filled(table, (block[0], pl.next_power_of_2(table.shape[1])))
     grid = (streams.shape[0] // block[0], streams.shape[2] // block[1])
@@ -128,5 +128,5 @@ def _backward(
         name="stream_write_backward",
         **options,
     )(cotangent, streams, output, table)
-    d_table = parts.sum(axis=0)[:tokens, :maps_of_a_token]
-    return d_streams[:tokens, :, :features], d_output[:tokens, :features], d_table
+    d_post, d_res, _ = jnp.split(parts.sum(axis=0)[:tokens], [n, n + n * n], axis=1)
+    return d_streams[:tokens, :, :features], d_output[:tokens, :features], d_post, d_res.reshape(tokens, n, n)

@@ -31,6 +31,13 @@ def test_loops_inside_count_for_every_turn():
     assert found.total == 3 + 10 * found.bundles
 
 
+@pytest.mark.parametrize(("by", "trips"), [(1, 16), (4, 4), (5, 4)])
+def test_a_loop_that_is_unrolled_counts_by_several(by, trips):
+    counted = f"%s1 = sadd.s32 {by}, %s2 /* copy for cssa */  ;;  {TEST.format(16)}"
+    found = schedule(text(bundles(2, 1, "LB", TEST.format(10)), bundles(3, 2, "LB", counted), bundles(1, 1)))
+    assert (found.bundles, found.unknown) == (3 + 3 * trips, 0)
+
+
 def test_a_bundle_that_was_moved_into_a_loop_does_not_end_it():
     found = schedule(text(bundles(4, 1, "LB"), bundles(1, 0), bundles(5, 1, holds=TEST.format(6))))
     assert (found.turns, found.bundles, found.total) == (6, 10, 60)
