@@ -32,7 +32,7 @@ from mhc_jax.kernels.launch import LANES, launched, rows
 
 GROUP = 8  # tokens: the rows of a register
 TOKENS = 128  # of a tile at most: the tokens of a register of maps
-FEATURES = 1024  # of a step at most
+FEATURES = 2048  # of a step at most
 # Of the vector memory of a core: what tiles may take, and what kernels may take in all.
 _TILES, _VMEM = 0.83, 0.97
 MAX_ROWS = 1024  # of phi^T: n times the logits of a token

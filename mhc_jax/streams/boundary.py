@@ -412,7 +412,7 @@ def apply_branches(
         >>> apply_branches(layer, (maps, jnp.ones((6, 8, 8))), jnp.ones((2, 8)), 4).shape
         (2, 8)
     """
-    lead, width, dtype = x.shape[:-1], x.shape[-1], jnp.promote_types(x.dtype, jnp.float32)
+    lead, dtype = x.shape[:-1], jnp.promote_types(x.dtype, jnp.float32)
     branches = _branches(layer, params)
     single_pass = {config.single_pass for config, _ in branches}
     if len(single_pass) > 1:
@@ -444,7 +444,8 @@ def apply_branches(
             output = fitted(connected.branch(h), new.dtype)
         return new, output, post, res, pre
 
-    wide = (*lead, streams * width), (*lead, streams, width)
+    # In the one form in which they are carried: what a branch has inside may well have the shape of the other.
+    wide = (first[0].shape,)
     new, output, post, res, pre = scan_any(step, params, first, block_length, wide, source=layer, policy=policy)
     new = write(_parted(new, output, streams), output, post, res)
     return reduce(new) if pre is None else collapse(pre, new)

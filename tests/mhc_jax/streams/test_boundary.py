@@ -357,3 +357,19 @@ def test_a_single_pass_is_of_all_branches_or_of_none():
     maps = jax.tree.map(lambda leaf: leaf[None], streams.init_params(StreamConfig(2), 4))
     with pytest.raises(ValueError, match=r"single_pass must be the same of all branches"):
         streams.apply_branches(layer, maps, jnp.ones((3, 4)), 2)
+
+
+def test_in_a_block_no_branch_runs_twice_though_it_has_the_width_of_all_streams_inside():
+    config, depth, width = StreamConfig(3, "none", dynamic=False), 4, 6
+    maps = jax.vmap(lambda index: streams.init_params(config, width, index))(jnp.arange(depth))
+    params = maps, jnp.ones((depth, width, 3 * width)), jnp.ones((depth, 3 * width, width))
+
+    def layer(params):
+        maps, up, down = params
+        return [streams.Connected(lambda h: jnp.sin(h @ up) @ down, maps, config)]
+
+    run = partial(streams.apply_branches, layer, streams=3, block_length=2)
+    _, pullback = jax.vjp(lambda params, x: run(params, x), params, jnp.ones((7, width)))
+    # The branch's output, out of which the streams inside of a block are made again.
+    kept = [leaf.shape for leaf in jax.tree.leaves(pullback)]
+    assert (2, 2, 7, width) in kept
