@@ -25,6 +25,7 @@ SUITES: dict[str, list[tuple[list[str], str]]] = {
     "bridge": [(["call"], "bridge-cpu.json"), (["conversion"], "bridge_conversion.json")],
     "stream_gain": [([], "stream-gain.json")],
     "quality": [([], "quality-cpu.json")],
+    "starts": [([], "starts.json")],
 }
 
 

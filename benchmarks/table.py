@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import quality, stream_gain
+from benchmarks import quality, starts, stream_gain
 from benchmarks.record import RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -178,6 +178,22 @@ def learning(records: Mapping[str, Any], task: str) -> str:
     )
 
 
+def starts_table(records: Mapping[str, Any]) -> str:
+    """What streams learned from each start, over the residual network, and how far their maps have moved."""
+    runs = find(records, starts.RESULT.name, "runs")
+    if runs is None:
+        return "Not recorded yet.\n"
+    base = np.array([run["bits per byte"] for run in runs["residual"]])
+
+    def row(name: str) -> list[str]:
+        gains = np.array([run["bits per byte"] for run in runs[name]]) - base
+        moved = (np.mean([run[key] for run in runs[name]]) for key in ("H_res", "H_pre", "H_post"))
+        return [name, f"{gains.mean():+.3f} ± {gains.std(ddof=1):.3f}", *(f"{value:.2g}" for value in moved)]
+
+    rows = [["residual", f"{base.mean():.3f}", *[ABSENT] * 3], *(row(name) for name in runs if name != "residual")]
+    return markdown(["start", "bits per byte, over residual", "H_res moved", "H_pre", "H_post"], rows)
+
+
 def learning_figure(records: Mapping[str, Any]) -> str:
     if quality.RESULT.name not in records:
         return "Not recorded yet.\n"
@@ -190,8 +206,9 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "learning": learning_figure,
     "digits": partial(learning, task="digits"),
     "text": partial(learning, task="text"),
+    "starts": starts_table,
 }
-PAGES = [ROOT / "README.md", ROOT / "docs" / "quality.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "quality.md", ROOT / "docs" / "streams.md"]
 FIGURES = [(quality.draw, quality.RESULT, quality.FIGURE), (stream_gain.draw, stream_gain.RESULT, stream_gain.FIGURE)]
 
 
