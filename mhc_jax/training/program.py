@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +79,19 @@ class Run:
         elif config.checkpoints.start_from is not None:
             read_metadata(config.checkpoints.start_from)
         self.begun = metadata.get("position", 0)
-        self.metrics = None
-        trackers: list[Tracker] = []
-        if jax.process_index() == 0:
-            if config.tensorboard:
-                trackers.append(TensorBoard(folder / "tensorboard", self.begun))
-            if config.tracker is not None:
-                trackers.append(config.tracker(folder))
-            self.metrics = MetricsFile(folder / "metrics.jsonl", metadata.get("metrics_bytes", 0))
-            trackers.append(self.metrics)
-        self.tracker = Several(trackers)
+        if config.tensorboard and find_spec("tensorboard") is None:
+            raise ImportError("tensorboard=True needs TensorBoard: pip install 'mhc-jax[tensorboard]'")
+        self.metrics_bytes = metadata.get("metrics_bytes", 0)
+
+    def _trackers(self) -> Iterator[Tracker]:
+        """Those of process 0."""
+        folder = self.config.folder.absolute()
+        self.metrics = MetricsFile(folder / "metrics.jsonl", self.metrics_bytes)
+        yield self.metrics
+        if self.config.tensorboard:
+            yield TensorBoard(folder / "tensorboard", self.begun)
+        if self.config.tracker is not None:
+            yield self.config.tracker(folder)
 
     def begin(self) -> TrainState:
         """The state of the run's latest checkpoint; where there is none, a new one, or `checkpoints.start_from`'s.
@@ -122,6 +126,7 @@ class Run:
         )
         self._rate = learning_rate(config.optimizer, config.steps)
         first = jax.process_index() == 0
+        self.tracker = Several(list(self._trackers()) if first else [])
         # None: where nobody looks at a screen, there is no bar.
         self._bar = tqdm(total=config.steps, initial=self.begun, unit="update", disable=None if first else True)
         try:
@@ -180,7 +185,7 @@ class Run:
 
     def _metadata(self, step: int) -> dict[str, Any]:
         """What a run needs beside its state: the position in the data, in batches, and how long its metrics are."""
-        size = 0 if self.metrics is None else self.metrics.size
+        size = self.metrics.size if jax.process_index() == 0 else 0
         return {"position": step, "metrics_bytes": size, "identity": self._identity(), "config": as_json(self.config)}
 
     def _identity(self) -> dict[str, Any]:

@@ -50,17 +50,12 @@ class TensorBoard:
     Args:
         folder: for its files.
         step: where the run begins: what an earlier program wrote of later steps is not shown.
-
-    Raises:
-        ImportError: tensorboard is not installed.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from tensorboard.compat.proto import event_pb2, summary_pb2
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        except ImportError as error:
-            raise ImportError("tensorboard=True needs TensorBoard: pip install 'mhc-jax[tensorboard]'") from error
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
         self._event, self._summary = event_pb2, summary_pb2
         folder.mkdir(parents=True, exist_ok=True)
         self._writer = EventFileWriter(str(folder))

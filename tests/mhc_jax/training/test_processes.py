@@ -92,7 +92,7 @@ def test_two_processes_train_save_and_resume_as_one(tmp_path):
 
 
 PROGRAM = """
---steps 6 --log-every 1 --optimizer.warmup 2 --data.length 16 --data.batch 8 --model.connection streams
+--steps 6 --log-every 1 --optimizer.warmup 2 --data.length 16 --data.batch 8 --model.connection residual
 --model.sizes.features 8 --model.sizes.mlp-features 16 --model.sizes.depth 2 --model.sizes.num-heads 2
 --evaluation.every 2 --evaluation.batches 1 --evaluation.sample-length 0 --checkpoints.every 2 --no-dashboard
 """
