@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import quality, stream_gain
+from benchmarks.accelerators import pages
 from benchmarks.record import RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -190,8 +191,10 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "learning": learning_figure,
     "digits": partial(learning, task="digits"),
     "text": partial(learning, task="text"),
+    "tpu": partial(pages.shown, platform="tpu"),
+    "gpu": partial(pages.shown, platform="cuda"),
 }
-PAGES = [ROOT / "README.md", ROOT / "docs" / "quality.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "quality.md", ROOT / "docs" / "performance.md"]
 FIGURES = [(quality.draw, quality.RESULT, quality.FIGURE), (stream_gain.draw, stream_gain.RESULT, stream_gain.FIGURE)]
 
 
