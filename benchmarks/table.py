@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import quality, starts, stream_gain
+from benchmarks.accelerators import pages
 from benchmarks.record import RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -207,8 +208,10 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "digits": partial(learning, task="digits"),
     "text": partial(learning, task="text"),
     "starts": starts_table,
+    "tpu": partial(pages.shown, platform="tpu"),
+    "gpu": partial(pages.shown, platform="cuda"),
 }
-PAGES = [ROOT / "README.md", ROOT / "docs" / "quality.md", ROOT / "docs" / "streams.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("quality", "streams", "performance"))]
 FIGURES = [(quality.draw, quality.RESULT, quality.FIGURE), (stream_gain.draw, stream_gain.RESULT, stream_gain.FIGURE)]
 
 
