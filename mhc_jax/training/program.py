@@ -164,11 +164,14 @@ class Run:
     def _after(self, state: TrainState, step: int) -> None:
         config, last = self.config, step == self.config.steps
         self._bar.update()
-        report: dict[str, float] = {}
+        evaluates = last or step % config.evaluation.every == 0
+        saves = last or step % config.checkpoints.every == 0
+        if not (evaluates or saves):
+            return
+        jax.block_until_ready(state.step)  # or updates that are under way would count as a pause
         with self._throughput.paused():
-            if last or step % config.evaluation.every == 0:
-                report = self._evaluate(state, step)
-            if last or step % config.checkpoints.every == 0:
+            report = self._evaluate(state, step) if evaluates else {}
+            if saves:
                 loss = report.get("evaluation/loss")
                 self.checkpoints.save(step, {"state": state}, self._metadata(step), loss=loss)
 
