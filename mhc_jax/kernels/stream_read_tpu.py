@@ -339,23 +339,18 @@ def backward(
 
         def step(k: Array, _: Any) -> None:
             at_step = features(k, t)
-            total = jnp.zeros((high, t.step), sums)
-            for start in range(0, GROUPS, t.several):
-                several = []
-                for g in range(start, start + t.several):
-                    at, rows = pl.ds(g * GROUP, GROUP), pl.ds(g * t.rows, t.rows)
-                    x = x_ref[at, :, at_step].reshape(t.rows, t.step)
-                    left = jnp.concatenate([left_ref[rows, :], mix_ref[g]], axis=1)
-                    right = [phi_ref[:, at_step], *[d_ref[at, at_step].astype(dtype)] * mix.copies]
-                    d_x = product(left, jnp.concatenate(right, axis=0), sums)
-                    across = [ref[rows, :] for ref in (radial_ref, scale_ref)]
-                    along, scale = (jnp.concatenate([a] * (t.step // LANES), axis=1) for a in across)
-                    d_x += along * (scale * x.astype(sums))
-                    dx_ref[at, :, at_step] = d_x.astype(dx_ref.dtype).reshape(GROUP, n, t.step)
-                    several.append(x.astype(dtype))
-                rows = slice(start * t.rows, (start + t.several) * t.rows)
-                total += product(turned_ref[:, rows], jnp.concatenate(several, axis=0), sums)
-            d_phi_ref[0, :, at_step] += total
+            for g in range(GROUPS):
+                at, rows = pl.ds(g * GROUP, GROUP), pl.ds(g * t.rows, t.rows)
+                x = x_ref[at, :, at_step].reshape(t.rows, t.step)
+                left = jnp.concatenate([left_ref[rows, :], mix_ref[g]], axis=1)
+                right = [phi_ref[:, at_step], *[d_ref[at, at_step].astype(dtype)] * mix.copies]
+                d_x = product(left, jnp.concatenate(right, axis=0), sums)
+                across = [ref[rows, :] for ref in (radial_ref, scale_ref)]
+                along, scale = (jnp.concatenate([a] * (t.step // LANES), axis=1) for a in across)
+                d_x += along * (scale * x.astype(sums))
+                dx_ref[at, :, at_step] = d_x.astype(dx_ref.dtype).reshape(GROUP, n, t.step)
+            x = x_ref[:, :, at_step].reshape(TOKENS * n, t.step).astype(dtype)
+            d_phi_ref[0, :, at_step] += product(turned_ref[...], x, sums)
 
         lax.fori_loop(0, t.features // t.step, step, None)
 
