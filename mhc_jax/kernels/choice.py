@@ -23,9 +23,10 @@ Options = tuple[tuple[str, Any], ...]
 #
 #               MB that cross the memory                                 estimated time, us
 #     mix       the same, but XLA makes one pass of it and the branch
-#     write     v5e 151 over 151, H100 151 over 152                      v5e 185 over 245, H100 45 over 45
-#     read      v5e 151 over 151, H100 251 over 160                      v5e 193 over 682, H100 75 over 48
-#     boundary  v5p 9405 over 5121, H100 10092 over 5276           H100 3011 over 1574
+#     write     v5e 151 over 151, v5p 164 over 152, H100 151 over 152  v5e 185 over 185, v5p 67 over 62, H100 45 over 45
+#      derived  v5e 370 over 235, v5p 340 over 236                      v5e 452 over 287, v5p 138 over 96
+#     read      v5e 151 over 151, H100 251 over 160                     v5e 193 over 242, H100 75 over 48
+#     boundary  v5p 9405 over 5121, H100 10092 over 5276                H100 3011 over 1574
 #               (4 layers, forward and backward, of which scan and copies are 3570 MB on H100)
 #
 # On one GPU that would be reason enough for the boundary's kernel. It is not None's choice there because nobody has run

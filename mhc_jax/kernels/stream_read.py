@@ -3,6 +3,8 @@
 Numbers a token that cross the memory, as in table 2 of arXiv 2512.24880: `project` reads nC, `collapse` reads nC and
 writes C. Backward, `collapse_weights` reads (n+1)C, and `backward` reads (n+1)C and writes nC: the gradients of streams
 and of phi from one reading. Between them lie the maps, a few numbers a token, with Sinkhorn a kernel of its own.
+
+Those for GPU are here, those for TPU in stream_read_tpu.py; a TPU has the same ones for phi of many columns.
 """
 
 from functools import partial
@@ -14,18 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from mhc_jax.kernels.launch import (
-    GPU_BLOCK,
-    LANES,
-    TPU_BLOCK,
-    common,
-    cost,
-    filled,
-    launched,
-    on_every_platform,
-    rows,
-    specs,
-)
+from mhc_jax.kernels import stream_read_tpu
+from mhc_jax.kernels.launch import GPU_BLOCK, LANES, by_platform, common, cost, filled, launched, rows, specs
 from mhc_jax.streams import norm
 
 
@@ -46,15 +38,14 @@ def project(
 ) -> tuple[Float[Array, "*tokens m"], Float[Array, "*tokens 3"]]:
     """vec(X) phi, and `norm.squares` of vec(X), in the dtype of `phi`."""
     del epsilon  # of the squares all three sums are taken in one pass
-
-    arguments = rows(streams, 2), phi
-    raw, squares = on_every_platform(_project, *arguments, tpu=TPU_PROJECT, gpu=GPU_PROJECT)
+    tpu = stream_read_tpu.project if _few_columns(streams, phi) else partial(_project, block=TPU_PROJECT)
+    raw, squares = by_platform(rows(streams, 2), phi, tpu=tpu, gpu=partial(_project, block=GPU_PROJECT))
     return raw.reshape(*streams.shape[:-2], -1), squares.reshape(*streams.shape[:-2], 3)
 
 
 def collapse(pre: Float[Array, "*tokens n"], streams: Float[Array, "*tokens n C"]) -> Float[Array, "*tokens C"]:
     """pre X, summed in the dtype of `pre`, in the dtype of the streams."""
-    result = on_every_platform(_collapse, rows(pre, 1), rows(streams, 2), tpu=TPU_BLOCK, gpu=GPU_BLOCK)
+    result = by_platform(rows(pre, 1), rows(streams, 2), tpu=stream_read_tpu.collapse, gpu=_collapse)
     return result.reshape(*streams.shape[:-2], -1)
 
 
@@ -62,8 +53,8 @@ def collapse_weights(
     d_input: Float[Array, "*tokens C"], streams: Float[Array, "*tokens n C"], dtype: Any
 ) -> Float[Array, "*tokens n"]:
     """The derivative with respect to `pre` of `collapse`, summed in `dtype`."""
-    function = partial(_collapse_weights, dtype=dtype)
-    result = on_every_platform(function, rows(d_input, 1), rows(streams, 2), tpu=TPU_BLOCK, gpu=GPU_BLOCK)
+    tpu, gpu = (partial(f, dtype=dtype) for f in (stream_read_tpu.collapse_weights, _collapse_weights))
+    result = by_platform(rows(d_input, 1), rows(streams, 2), tpu=tpu, gpu=gpu)
     return result.reshape(streams.shape[:-1])
 
 
@@ -79,8 +70,13 @@ def backward(
     """The derivative of the streams, d_raw phi^T + radial (vec(X) inverse_rms) + pre d_input, and that of phi,
     vec(X)^T d_raw."""
     arguments = rows(streams, 2), phi, *(rows(array, 1) for array in (pre, d_input, d_raw, radial, inverse_rms))
-    d_streams, d_phi = on_every_platform(_backward, *arguments, tpu=TPU_BACKWARD, gpu=GPU_BACKWARD)
+    tpu = stream_read_tpu.backward if _few_columns(streams, phi) else partial(_backward, block=TPU_BACKWARD)
+    d_streams, d_phi = by_platform(*arguments, tpu=tpu, gpu=partial(_backward, block=GPU_BACKWARD))
     return d_streams.reshape(streams.shape), d_phi
+
+
+def _few_columns(streams: Array, phi: Array) -> bool:
+    return streams.shape[-2] * phi.shape[1] <= stream_read_tpu.MAX_COLUMNS
 
 
 def _tiles(n: int, phi: Array, block: Products) -> tuple[Array, int]:
@@ -143,8 +139,8 @@ def _project(streams: Array, phi: Array, *, block: Products, options: dict[str, 
     return sums[:, :m], sums[:, m : m + 3]
 
 
-def _collapse(pre: Array, streams: Array, *, block: tuple[int, int], options: dict[str, Any]) -> Array:
-    tokens, n, features = streams.shape
+def _collapse(pre: Array, streams: Array, *, options: dict[str, Any]) -> Array:
+    (tokens, n, features), block = streams.shape, GPU_BLOCK
     streams = filled(streams, block)
     table = filled(pre, (block[0], pl.next_power_of_2(n)))
 
@@ -169,10 +165,8 @@ def _collapse(pre: Array, streams: Array, *, block: tuple[int, int], options: di
     return out[:tokens, :features]
 
 
-def _collapse_weights(
-    d_input: Array, streams: Array, *, dtype: Any, block: tuple[int, int], options: dict[str, Any]
-) -> Array:
-    tokens, n, _ = streams.shape
+def _collapse_weights(d_input: Array, streams: Array, *, dtype: Any, options: dict[str, Any]) -> Array:
+    (tokens, n, _), block = streams.shape, GPU_BLOCK
     d_input, streams = filled(d_input, block), filled(streams, block)
     width = pl.next_power_of_2(n)
     grid = streams.shape[0] // block[0], streams.shape[2] // block[1]

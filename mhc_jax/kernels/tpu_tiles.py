@@ -45,6 +45,11 @@ class Tile(NamedTuple):
         """Of a group of streams."""
         return self.n * GROUP
 
+    @property
+    def several(self) -> int:
+        """Groups whose rows together are what a product of many columns takes at a time."""
+        return next(count for count in (16, 8, 4, 2, 1) if count * self.rows <= 128 or count == 1)
+
 
 def tile(n: int, width: int, arrays: int, itemsize: int) -> Tile:
     """For a kernel that moves `arrays` arrays of the width of one stream."""
@@ -58,12 +63,13 @@ def tile(n: int, width: int, arrays: int, itemsize: int) -> Tile:
 
 
 def call(kernel: Callable[..., None], *arguments: Array, flops: int, options: dict[str, Any], **specs: Any) -> Any:
-    """`launched` over tiles of tokens, that share nothing, and over features, that follow each other."""
+    """`launched` over a grid whose first axis is of turns that share nothing; others follow each other."""
     results = specs["out_shape"]
+    order: list[Any] = ["parallel", *["arbitrary"] * (len(specs["grid"]) - 1)]
     return launched(
         kernel,
         cost_estimate=cost(flops, *arguments, *(results if isinstance(results, list) else [results])),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM, dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM, dimension_semantics=order),
         **specs,
         **options,
     )(*arguments)

@@ -319,7 +319,7 @@ def _forward_by_kernel(
 
 def _backward_by_kernel(
     streams: Array, output: Array, post: Array, res: Array | None, pre: Array, d_new: Array, *others: Array
-) -> tuple[Array, ...]:
+) -> tuple[Array | None, ...]:
     flat, d_flat = (_flat(array, output) for array in (streams, d_new))
     arguments = flat, output, post, forms.mixing(res, post), pre, d_flat, *others
     gradients = kernels.on_every_platform(kernels.backward, gpu_kernels.backward, *arguments)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mhc_jax.meshes import Axes, total, whole_size
 
@@ -26,6 +26,11 @@ _SHIFT, _LARGE, _SMALL = 72, 120, -76
 def scales(dtype: Any) -> tuple[float, float, float]:
     """What numbers are multiplied with before they are squared, for each of the three sums."""
     return 1.0, _power(dtype, -_SHIFT), _power(dtype, _SHIFT)
+
+
+def sound(plain: Float[Array, "..."]) -> Bool[Array, "..."]:
+    """Whether a sum of squares as they are is sound; the scaled ones then differ from it by their factor alone."""
+    return (plain < _power(plain.dtype, _LARGE)) & (plain > _power(plain.dtype, _SMALL))
 
 
 def inverse_rms_of_squares(squares: Float[Array, "*batch 3"], size: int, epsilon: float) -> Float[Array, "*batch 1"]:
