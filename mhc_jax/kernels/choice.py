@@ -20,8 +20,8 @@ Options = tuple[tuple[str, Any], ...]
 #
 #               MB that cross the memory                                 estimated time, us
 #     mix       the same, but XLA makes one pass of it and the branch
-#     write     v5e 151 over 151, v5p 164 over 152, H100 151 over 152   v5e 185 over 185, v5p 67 over 62, H100 45 over 45
-#      derived  v5e 370 over 235, v5p 340 over 236                      v5e 452 over 287, v5p 138 over 96
+#     write     v5e 151 over 151, v5p 164 over 152, H100 151 over 152   v5e 185 over 185, v5p 67 over 62, H100 45 each
+#     its back  v5e 370 over 235, v5p 340 over 236                      v5e 452 over 287, v5p 138 over 96
 #     read      v5e 151 over 151, H100 251 over 160                     v5e 193 over 242, H100 75 over 48
 #     boundary  v5p 9405 over 5121 (4 layers, forward and backward); there is no kernel of it for a GPU
 CHOICES: Mapping[str, Mapping[str, Literal["xla", "pallas"]]] = {

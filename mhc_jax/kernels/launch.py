@@ -16,9 +16,8 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array
 
 LANES = 128
-# Blocks of the kernels that multiply no matrices: registers of a GPU, vector memory of a TPU.
+# Of the kernels that multiply no matrices: registers of a GPU.
 GPU_BLOCK = (8, 128)
-TPU_BLOCK = (128, 512)
 
 
 def by_platform(*arguments: Array, tpu: Callable[..., Any], gpu: Callable[..., Any]) -> Any:
