@@ -19,9 +19,8 @@ from jaxtyping import Array
 from mhc_jax import meshes
 
 LANES = 128
-# Blocks of the kernels that multiply no matrices: registers of a GPU, vector memory of a TPU.
+# Of the kernels that multiply no matrices: registers of a GPU.
 GPU_BLOCK = (8, 128)
-TPU_BLOCK = (128, 512)
 
 
 def launched(kernel: Callable[..., None], **options: Any) -> Callable[..., Any]:
