@@ -75,7 +75,7 @@ def register_block(block: type[nn.Module] | str, branches: Branches) -> None:
             last axis of the first parameter in the first module must be the width of h, as it is in a norm.
 
     Raises:
-        TypeError: block is no class of modules and no name.
+        TypeError: block is no class of modules and no name; a branch has no pair of paths.
         ValueError: there are no branches.
 
     Example:
@@ -87,6 +87,12 @@ def register_block(block: type[nn.Module] | str, branches: Branches) -> None:
         raise TypeError(f"block must be a subclass of torch.nn.Module or the name of one, got {block!r}")
     if not branches:
         raise ValueError(f"branches must name the residual branches of {_name(block)}, got none")
+    for name, pair in branches.items() if isinstance(branches, Mapping) else [("", branches)]:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(path, str) for path in pair)):
+            raise TypeError(
+                "branches must give, by the name of each, the paths of its first and its last module, such as "
+                f"{{'mlp': ('norm', 'mlp')}}; got {pair!r}{name and f' for {name!r}'}"
+            )
     BLOCKS[block] = dict(branches)
 
 
@@ -428,7 +434,7 @@ def _known(module: nn.Module) -> Branches | None:
 def _stacks(model: nn.Module, block: type[nn.Module] | str | None) -> list[list[tuple[str, nn.Module]]]:
     """The blocks of `model` and their names, those with the same parent together."""
     if not (block is None or isinstance(block, str | type)):
-        raise TypeError(f"block must be a class or the name of one, got {block!r}")
+        raise TypeError(f"block must be a class or the name of one, got a {type(block).__name__}")
 
     def wanted(module: nn.Module) -> bool:
         if block is None:
@@ -486,7 +492,7 @@ def _plan(model: nn.Module, stack: Sequence[tuple[str, nn.Module]]) -> tuple[int
                 f"the residual sums of {name!r}, a {type(block).__name__}, are not known; name its branches with "
                 f"register_block({type(block).__name__}, ...): it holds {[key for key, _ in block.named_children()]}"
             )
-        modules = dict(block.named_modules())
+        modules = dict(block.named_modules(remove_duplicate=False))
         branches = {key: ends for key, ends in known.items() if key not in _OPTIONAL or ends[0] in modules}
         missing = [path for ends in branches.values() for path in ends if path not in modules]
         if missing:
@@ -494,7 +500,10 @@ def _plan(model: nn.Module, stack: Sequence[tuple[str, nn.Module]]) -> tuple[int
                 f"the residual sums of {name!r}, a {type(block).__name__}, are not those that are known: it holds no "
                 f"{missing}"
             )
+        begins = Counter(modules[begin] for begin, _ in branches.values())
         for key, (begin, _) in branches.items():
+            if begins[modules[begin]] > 1:
+                raise ValueError(f"{name}.{begin}, a {type(modules[begin]).__name__}, begins several branches")
             first = next(modules[begin].parameters(), None)
             if first is None:
                 raise ValueError(f"{name}.{begin}, which begins a branch, holds no parameter that would tell the width")
@@ -524,6 +533,19 @@ def called_otherwise(model: nn.Module) -> set[nn.Module]:
     """
     found: set[nn.Module] = set()
     return found.union(*(_connections_of(block).called_otherwise(block) for _, block in _retrofitted(model)))
+
+
+def around_ends(model: nn.Module) -> set[nn.Module]:
+    """The modules inside the blocks of a retrofitted model in which a branch begins or ends.
+
+    They run within their block alone.
+    """
+    found = set[nn.Module]()
+    for _, block in _retrofitted(model):
+        for path in (path for ends in _connections_of(block).branches.values() for path in ends):
+            while path := path.rpartition(".")[0]:
+                found.add(block.get_submodule(path))
+    return found
 
 
 def _connections_of(block: nn.Module) -> BlockConnections:

@@ -67,7 +67,9 @@ class Call:
         given = (*self.args, *(self.kwargs[name] for name in order))
         found = next((value for value in given if _is_array(value)), None)
         if found is None:
-            raise TypeError(f"{type(self.module).__name__} must be called with an array, its state; got {given}")
+            raise TypeError(
+                f"{type(self.module).__name__} must be called with an array, its state; got {_shown(given)}"
+            )
         return found
 
     def __call__(self) -> Any:
@@ -174,6 +176,11 @@ class Closes:
         return call.on(states, self.kind.reduce(states))
 
 
+def _shown(tree: Any) -> str:
+    """A tree with the types of its arrays in the place of these."""
+    return str(jax.tree.map(lambda leaf: str(jax.typeof(leaf)) if _is_array(leaf) else leaf, tree))
+
+
 def _is_array(value: Any) -> bool:
     return isinstance(value, jax.Array | np.ndarray)
 
@@ -197,7 +204,7 @@ def _with_array(module: Any, output: Any, shape: tuple[int, ...] | None, change:
     if key is None:
         wanted = "an array" if shape is None else f"an array of shape {shape}"
         raise TypeError(
-            f"{type(module).__name__} must put out {wanted}, alone or in a tuple, list or dict; got {output}"
+            f"{type(module).__name__} must put out {wanted}, alone or in a tuple, list or dict; got {_shown(output)}"
         )
     if isinstance(output, dict):
         return output | {key: change(output[key])}

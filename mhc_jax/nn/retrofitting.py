@@ -57,12 +57,12 @@ def register_block(block: type[nnx.Module] | str, branches: Branches, *, ends: B
     Args:
         block: the class, or its name.
         branches: by a name for each branch, the paths of its first and its last module, in the order of the sums; or of
-            a method of theirs, such as "attn.block", if that is what is called. The first module is a norm, or has its
-            width as `in_features`.
+            a method of theirs, such as "attn.block", if that is what is called. The first module is a norm, or it, or
+            the modules in it, have their width as `in_features`.
         ends: as of `retrofit`, for blocks that are scanned; paths from the nearest module that has both.
 
     Raises:
-        TypeError: block is no class of modules and no name.
+        TypeError: block is no class of modules and no name; a branch has no pair of paths.
         ValueError: there are no branches.
 
     Example:
@@ -74,6 +74,12 @@ def register_block(block: type[nnx.Module] | str, branches: Branches, *, ends: B
         raise TypeError(f"block must be a subclass of flax.nnx.Module or the name of one, got {block!r}")
     if not branches:
         raise ValueError(f"branches must name the residual branches of {_name(block)}, got none")
+    for name, pair in branches.items() if isinstance(branches, Mapping) else [("", branches)]:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(path, str) for path in pair)):
+            raise TypeError(
+                "branches must give, by the name of each, the paths of its first and its last module, such as "
+                f"{{'mlp': ('norm', 'mlp')}}; got {pair!r}{name and f' for {name!r}'}"
+            )
     BLOCKS[block] = [dict(branches)]
     if ends is not None:
         ENDS[block] = ends
@@ -134,6 +140,11 @@ def retrofit(
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be a flax.nnx.Module, got {type(model).__name__}")
+    if "parameters" in options:
+        raise TypeError(
+            "parameters is an option of mhc_torch.retrofit; in JAX a filter says what is trained: "
+            "TrainState.create(model, optimizer, trained=ConnectionParam)"
+        )
     kind = _kind(streams, history, config, options)
     if done := next(_retrofitted(model), None):
         raise ValueError(f"the model is retrofitted already: {done[0]!r} has {CHILD}; unretrofit it first")
@@ -284,7 +295,7 @@ class _Stack:
 
 def _stacks(model: nnx.Module, block: type[nnx.Module] | str | None, ends: Between | None) -> list[_Stack]:
     if not (block is None or isinstance(block, str | type)):
-        raise TypeError(f"block must be a class or the name of one, got {block!r}")
+        raise TypeError(f"block must be a class or the name of one, got a {type(block).__name__}")
 
     def wanted(module: Any) -> bool:
         if block is None:
@@ -300,9 +311,12 @@ def _stacks(model: nnx.Module, block: type[nnx.Module] | str | None, ends: Betwe
     if model is found[0].module:
         raise ValueError(f"{type(model).__name__} is a block itself: retrofit the model that holds it")
     if ends is not None:
-        places = _placed(model, ends)
+        pair = isinstance(ends, tuple | list) and len(ends) == 2
+        places = _placed(model, ends) if pair else None
         if places is None:
-            raise ValueError(f"ends must be paths of modules in {type(model).__name__}, or of methods, got {ends}")
+            raise ValueError(
+                f"ends must be two paths of modules in {type(model).__name__}, or of methods, got {ends!r}"
+            )
         return [_stack([_block(at) for at in found], places)]
     return _between_ends(found)
 
@@ -423,12 +437,19 @@ def _block(at: _At) -> _Block:
 
 
 def _shape(begin: Any) -> tuple[int, ...] | None:
-    """The width that the first module of a branch tells by its own parameters, and before it the depth, if stacked."""
+    """The width that the first module of a branch tells by its parameters, and before it the depth, if stacked.
+
+    Where it has none of its own, the modules in it tell, if they agree.
+    """
     shapes = [value.shape for value in vars(begin).values() if isinstance(value, nnx.Param)]
     width = getattr(begin, "in_features", None)
-    if width is None:
-        return min(shapes, key=len, default=None)
     width = width[0] if isinstance(width, tuple) and len(width) == 1 else width
+    if not shapes:
+        inside = {_shape(child) for _, child in _children(begin) if isinstance(child, nnx.Module)}
+        told = {shape for shape in inside if shape and width in (None, shape[-1])}
+        return told.pop() if len(told) == 1 else None
+    if width is None:
+        return min(shapes, key=len)
     return next((shape[: shape.index(width) + 1] for shape in sorted(shapes, key=len) if width in shape), None)
 
 

@@ -41,6 +41,69 @@ def scanned():
     return jax_model, bridge.convert(jax_model, TorchDecoder(TorchConfig(17, **SIZES)).eval())
 
 
+class JaxOutput(nnx.Module):
+    def __init__(self, rngs):
+        self.dense, self.norm = nnx.Linear(12, 8, rngs=rngs), nnx.LayerNorm(8, rngs=rngs)
+
+    def __call__(self, y, x):
+        return self.norm(self.dense(y) + x)
+
+
+class JaxUp(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(8, 12, rngs=rngs)
+
+    def __call__(self, x):
+        return jnp.tanh(self.dense(x))
+
+
+class JaxPost(nnx.Module):
+    def __init__(self, rngs):
+        self.up, self.output = JaxUp(rngs), JaxOutput(rngs)
+
+    def __call__(self, x):
+        return self.output(self.up(x), x)
+
+
+class TorchOutput(torch.nn.Module):
+    weight_of_x = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.dense, self.norm = torch.nn.Linear(12, 8), torch.nn.LayerNorm(8, eps=1e-6)
+
+    def forward(self, y, x):
+        return self.norm(self.dense(y) + self.weight_of_x * x)
+
+
+class TorchUp(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense = torch.nn.Linear(8, 12)
+
+    def forward(self, x):
+        return torch.tanh(self.dense(x))
+
+
+class TorchPost(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.output = TorchUp(), TorchOutput()
+
+    def forward(self, x):
+        return self.output(self.up(x), x)
+
+
+@pytest.fixture
+def post_norm(monkeypatch):
+    """Blocks as BERT's: a module in them adds what the branch, which begins elsewhere, puts out inside of it."""
+    branches = {"mlp": ("up", "output.dense")}
+    monkeypatch.setitem(BLOCKS, JaxPost, [branches])
+    monkeypatch.setitem(mhc_torch.retrofitting.BLOCKS, TorchPost, branches)
+    jax_model = nnx.Sequential(JaxPost(nnx.Rngs(0)), JaxPost(nnx.Rngs(1)))
+    return jax_model, bridge.convert(jax_model, torch.nn.Sequential(TorchPost(), TorchPost()))
+
+
 def stir(model):
     """Connections as if they had learned."""
     params = nnx.state(model, ConnectionParam)
@@ -94,6 +157,23 @@ def test_it_is_proved(pair, kind):
     report = bridge.verify(jax_model, torch_model, TOKENS, training=False, **options)
     assert not report.ok
     assert all("model.layers.0" in fault for fault in report.faults)
+
+
+@pytest.mark.parametrize("kind", ["streams", "history"])
+def test_a_sum_inside_a_module_of_the_block_is_proved(post_norm, kind):
+    jax_model, torch_model = post_norm
+    stir(mhc_jax.nn.retrofit(jax_model, **KINDS[kind]))
+    mhc_torch.retrofit(torch_model, **KINDS[kind])
+    bridge.convert(jax_model, torch_model)
+    x = np.random.default_rng(2).normal(size=(3, 8)).astype(np.float32)
+    report = bridge.verify(jax_model, torch_model, x)
+    assert report.verdict == "EQUAL", report
+    layers = {row.path for row in report.rows if row.check.startswith("layer alone")}
+    assert {"0", "0.up", "0.output.dense", "0.output.norm"} <= layers
+    assert "0.output" not in layers  # it adds to states that only the block around it has
+    torch_model[1].output.weight_of_x = 1.1
+    report = bridge.verify(jax_model, torch_model, x, training=False)
+    assert list(report.faults) == ["1"]
 
 
 def test_what_differs_is_named():

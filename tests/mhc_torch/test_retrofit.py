@@ -475,6 +475,14 @@ class Bare(Block):
         self.norm1 = nn.LayerNorm(WIDTH, elementwise_affine=False)
 
 
+class Shared(Block):
+    """A norm whose output two branches read."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm2 = self.norm1
+
+
 class Taken(Block):
     def __init__(self):
         super().__init__()
@@ -523,6 +531,8 @@ def twice():
         (lambda: of(Block()), {"history": 3, "history_scope": "module"}, ValueError, "history_scope 'global'"),
         (lambda: of(Taken()), {}, ValueError, "'0', a Taken, has an attribute hyper_connections of its own"),
         (lambda: of(Block()), {"block": 3}, TypeError, "block must be a class"),
+        (lambda: of(Block()), {"block": Block()}, TypeError, "block must be a class or the name of one, got a Block$"),
+        (lambda: of(Shared()), {}, ValueError, "0.norm1, a LayerNorm, begins several branches"),
     ],
 )
 def test_bad_input_is_named_and_changes_nothing(known, make, options, error, message):
@@ -543,6 +553,9 @@ def test_bad_calls_are_named(known):
         register_block(int, BRANCHES)
     with pytest.raises(ValueError, match="branches must name the residual branches of Block"):
         register_block(Block, {})
+    for branches in ({"mlp": "norm"}, {"mlp": ("norm", "linear", "drop")}, [("norm", "linear")]):
+        with pytest.raises(TypeError, match="branches must give, by the name of each, the paths of its first and"):
+            register_block(Block, branches)
     model = retrofit(Own())
     with pytest.raises(RuntimeError, match="a branch has ended, in a Dropout, that has not begun"):
         model.blocks[0].dropout(torch.ones(2, WIDTH))

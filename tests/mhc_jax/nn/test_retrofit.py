@@ -485,7 +485,8 @@ BARE = {"use_scale": False, "use_bias": False}
         (Block, {}, ValueError, "Block is a block itself"),
         (lambda: of(Taken()), {}, ValueError, "'block', a Taken, has an attribute hyper_connections of its own"),
         (scanned, {}, ValueError, "'block', a Block, have a leading axis of depth: give ends"),
-        (scanned, {"ends": ("embed", "norm")}, ValueError, r"ends must be paths of modules in Holder.*'embed', 'norm'"),
+        (scanned, {"ends": ("embed", "norm")}, ValueError, r"ends must be two paths .* Holder.*'embed', 'norm'"),
+        (scanned, {"ends": ("block", "block", "block")}, ValueError, "ends must be two paths of modules in Holder"),
         (lambda: retrofit(of(Block())), {}, ValueError, "retrofitted already: 'block'"),
         (lambda: of(Block()), {"streams": 1}, ValueError, "streams must be at least 2, got 1"),
         (lambda: of(Block()), {"streams": 17}, ValueError, "streams must be between 1 and 16"),
@@ -494,7 +495,7 @@ BARE = {"use_scale": False, "use_bias": False}
         (lambda: of(Block()), {"post_epsilon": 1e-6}, ValueError, "post_epsilon must be 0"),
         (lambda: of(Block()), {"post_scale": 1.0}, ValueError, "post_scale must be above 1"),
         (lambda: of(Block()), {"single_pass": True}, ValueError, "single_pass must be False"),
-        (lambda: of(Block()), {"parameters": "new"}, TypeError, "parameters"),
+        (lambda: of(Block()), {"parameters": "new"}, TypeError, "trained=ConnectionParam"),
         (lambda: of(Block()), {"max_history": 3}, TypeError, "max_history"),
         (
             lambda: of(Block()),
@@ -510,6 +511,7 @@ BARE = {"use_scale": False, "use_bias": False}
         (lambda: of(Block()), {"config": MHCConfig(stochastic=True)}, ValueError, "stochastic must be False"),
         (lambda: of(Block()), {"config": 3}, TypeError, "config must be of type StreamConfig"),
         (lambda: of(Block()), {"block": 3}, TypeError, "block must be a class"),
+        (lambda: of(Block()), {"block": Block()}, TypeError, "block must be a class or the name of one, got a Block$"),
     ],
 )
 def test_bad_input_is_named_and_changes_nothing(make, options, error, message):
@@ -530,6 +532,9 @@ def test_bad_calls_are_named():
         register_block(int, BRANCHES)
     with pytest.raises(ValueError, match="branches must name the residual branches of Block"):
         register_block(Block, {})
+    for branches in ({"mlp": "norm"}, {"mlp": ("norm", "linear", "drop")}, [("norm", "linear")]):
+        with pytest.raises(TypeError, match="branches must give, by the name of each, the paths of its first and"):
+            register_block(Block, branches)
     register_block(Block, {"one": ("norm", "linear"), "two": ("norm", "linear")})
     with pytest.raises(ValueError, match=r"block\.norm, a LayerNorm, begins or ends several branches"):
         retrofit(of(Block()))
@@ -559,12 +564,40 @@ def test_a_block_that_is_no_sum_is_named():
     model = retrofit(of(Block()))
     model.block.linear.kernel = nnx.Param(jnp.ones((WIDTH, 3)))
     model.block.linear.bias = nnx.Param(jnp.ones(3))
-    with pytest.raises(TypeError, match=r"Linear must put out an array of shape \(2, 16\)"):
+    with pytest.raises(TypeError, match=r"Linear must put out an array of shape \(2, 16\).* got float32\[2,3\]$"):
         model(x)
     with pytest.raises(TypeError, match="Block must be called with an array, its state"):
         model.block(3)
     # By themselves, modules are what they were.
     np.testing.assert_array_equal(model.block.norm(x), nnx.LayerNorm(WIDTH, rngs=nnx.Rngs(0))(x))
+
+
+@pytest.mark.parametrize("depth", [None, 3])
+def test_the_width_is_told_by_what_is_in_the_first_module(depth):
+    class Post(nnx.Module):
+        def __init__(self):
+            self.attn = nnx.MultiHeadAttention(2, WIDTH, qkv_features=8, decode=False, rngs=nnx.Rngs(0))
+            self.norm = nnx.LayerNorm(WIDTH, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.norm(x + self.attn(x))
+
+    register_block(Post, {"attention": ("attn", "attn")})
+    block = Post() if depth is None else nnx.vmap(lambda i: Post(), axis_size=depth)(jnp.arange(depth))
+    model = Holder(block)
+    if depth is None:
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, WIDTH)), jnp.float32)
+        before = model(x)
+        np.testing.assert_allclose(retrofit(model)(x), before, atol=1e-5)
+    else:
+        retrofit(model, ends=("block", "block"))
+    assert model.block.hyper_connections.attention.phi.shape == (*([depth] if depth else []), 4 * WIDTH, 24)
+    # What disagrees tells nothing.
+    register_block(Block, {"mlp": ("mlp", "linear")})
+    other = Block()
+    other.mlp = nnx.Sequential(nnx.Linear(WIDTH, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, WIDTH, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="begins a branch, has no parameter that would tell the width"):
+        retrofit(of(other))
 
 
 def test_norms_that_blocks_share():
