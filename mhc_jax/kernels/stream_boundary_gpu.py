@@ -37,9 +37,13 @@ ROWS = 64  # of a product at least
 F32 = jnp.float32
 
 
-def _steps(n: int, columns: int) -> int:
-    """Features of a step: fewer with more streams, whose features a thread holds side by side, and for a wide phi."""
-    return max(16, min(FEATURES, FEATURES * 4 // pl.next_power_of_2(n), FEATURES * 128 // columns))
+def _steps(n: int, columns: int, dtype: Any) -> int:
+    """Features of a step: fewer with more streams, whose features a thread holds side by side, and for a wide phi.
+
+    Of float32, whose products are three of half the digits, a thread has room for a quarter.
+    """
+    most = FEATURES if dtype == jnp.bfloat16 else FEATURES // 4
+    return max(16, min(most, most * 4 // pl.next_power_of_2(n), most * 128 // columns))
 
 
 def _wide(array: Array, streams: int, features: int) -> Array:
@@ -54,8 +58,11 @@ def _narrow(array: Array, tokens: int, streams: int, width: int, lead: tuple[int
     return array.reshape(array.shape[0], streams, -1)[:tokens, :, :width].reshape(*lead, streams * width)
 
 
-def _product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    precision = lax.Precision.HIGHEST if a.dtype == F32 else None
+def _product(a: Array, b: Array, contract: tuple[int, int], interpret: bool) -> Array:
+    precision: Any = None
+    if a.dtype == F32:
+        # Three products of half the digits, by the matrix units: one of all digits has none, and spills. Nor has a CPU.
+        precision = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     dimensions = ((contract[:1], contract[1:]), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=F32)
 
@@ -143,7 +150,7 @@ def forward(
         parts.append((phi - parts[0].astype(F32)).astype(dtype))
     columns = m * len(parts)
     height = max(ROWS, pl.next_power_of_2(columns))
-    features = _steps(n, height)
+    features = _steps(n, height, dtype)
     projection = _phi(jnp.concatenate(parts, axis=1), n, features, height)
     maps = jnp.concatenate([res, post[:, :, None]], axis=2).reshape(tokens, -1)
     maps = filled(maps, (TOKENS, 1))
@@ -174,9 +181,8 @@ def forward(
                 raw, squares = sums
                 new = _sum([w * x for w, x in zip(weights(i), own, strict=True)]).astype(dtype)
                 new_ref[:, _at(i, stride, at, features)] = new
-                raw += _product(
-                    _of_phi(phi_ref, (pl.ds(i * height, height), pl.ds(at, features)), columns), new, (1, 1)
-                )
+                weighing = _of_phi(phi_ref, (pl.ds(i * height, height), pl.ds(at, features)), columns)
+                raw += _product(weighing, new, (1, 1), interpret)
                 return raw, squares + new.astype(F32) ** 2
 
             return _each_stream(n, mix_stream, sums)
@@ -267,7 +273,7 @@ def backward(
     d_raw, radial, inverse_rms = (rows(a, 1) for a in (d_raw, radial, inverse_rms))
     (tokens, width), n, m, dtype = output.shape, post.shape[1], phi.shape[1], streams.dtype
     height = max(ROWS, pl.next_power_of_2(m))
-    features = _steps(n, height)
+    features = _steps(n, height, dtype)
     weights = _phi(phi.astype(dtype), n, features, height)
     maps = jnp.concatenate([res, post[:, :, None]], axis=2).reshape(tokens, -1)
     table = filled(jnp.concatenate([maps, pre, slope, pull, radial, inverse_rms], axis=1), (TOKENS, 1))
@@ -335,11 +341,11 @@ def backward(
             def mix_stream(i: Any, old: tuple[Array, ...]) -> tuple[Array, ...]:
                 of_stream, to_new = (pl.ds(i * height, height), pl.ds(at, features)), weights(i)
                 # First, or the compiler gives all that follows the layout of this product, which takes more registers.
-                through_phi = _product(_of_phi(phi_ref, of_stream, m), d_raw, (0, 1)).T
+                through_phi = _product(_of_phi(phi_ref, of_stream, m), d_raw, (0, 1), interpret).T
                 new = _sum([w * x for w, x in zip(to_new, own, strict=True)])
                 total = d_new_ref[:, _at(i, stride, at, features)].astype(F32) + along * new + through_phi
                 total += column(first + i)[:, None] * arrived
-                d_phi = _product(d_raw, new.astype(dtype), (0, 0))
+                d_phi = _product(d_raw, new.astype(dtype), (0, 0), interpret)
                 # The interpreter has no masks; what is left out is zero.
                 mask = None if interpret else lax.broadcasted_iota(jnp.int32, d_phi.shape, 0) < m
                 triton.atomic_add(d_phi_ref, of_stream, d_phi, mask=mask)
