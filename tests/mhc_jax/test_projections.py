@@ -34,7 +34,8 @@ def test_simplex(z, temperature):
     np.testing.assert_allclose(weights, reference.softmax(z / temperature), atol=1e-12)
 
 
-@given(vectors, st.floats(0.0, 0.99))
+# XLA takes what is smaller than the smallest normal number for 0.
+@given(vectors, st.floats(0.0, 0.99, allow_subnormal=False))
 def test_identity_keeps_epsilon_on_the_latest(z, epsilon):
     with jax.enable_x64(True):
         weights = project_identity_preserving(jnp.asarray(z), epsilon)
