@@ -1,11 +1,13 @@
 """What the compilers of TPUs and GPUs make of this library: `make accelerators`, or in the environment that it makes
 
-    python -m benchmarks.accelerators [--quick] [--target NAME ...] [--case TEXT ...]
+    python -m benchmarks.accelerators [--quick] [--target NAME ...] [--case TEXT ...] [--record]
 
-Prints one table. A run of everything records it; compiled before, a program is taken from the cache.
+Prints one table. A run of everything records it, and `--record` a part of it, beside what the same compilers have made
+before. A program that was compiled before is taken from the cache.
 """
 
 import argparse
+import json
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few cases in at most three minutes")
     parser.add_argument("--target", nargs="+", default=[], metavar="NAME", help=f"of {names}; default: all")
     parser.add_argument("--case", nargs="+", default=[], metavar="TEXT", help="the cases whose names hold one of these")
+    parser.add_argument("--record", action="store_true", help="record a part, too")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.target if name not in TARGETS]:
         parser.error(f"--target must be of {names}, got {', '.join(unknown)}")
@@ -118,10 +121,36 @@ def main() -> None:
     over = {name: CASES[name].over for name in chosen}
     print(report.table(compiled, over))
     print("\ncompiled by", ", ".join(f"{name} {number}" for name, number in found.items()))
-    if not (arguments.quick or arguments.target or arguments.case):
-        record = {"versions": found, "date": time.strftime("%Y-%m-%d", time.gmtime()), "over": over}
-        write_json(RECORD, record | {"compiled for": compiled})
+    everything = not (arguments.quick or arguments.target or arguments.case)
+    if everything or arguments.record:
+        write_json(RECORD, merged({} if everything else recorded(), found, over, compiled))
         print(f"recorded in {RECORD}")
+
+
+def recorded() -> dict[str, Any]:
+    """The record, if there is one."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
+def merged(
+    record: dict[str, Any], versions: dict[str, str], over: dict[str, str | None], compiled: report.Results
+) -> dict[str, Any]:
+    """A record with what was compiled now beside what it has of the same compilers; what others made is left out."""
+    known = record.get("versions", {})
+    if any(known.get(name, version) != version for name, version in versions.items()):
+        record = known = {}
+    results = {
+        case: {way: dict(found) for way, found in ways.items()} for case, ways in record.get("compiled for", {}).items()
+    }
+    for case, ways in compiled.items():
+        for way, found in ways.items():
+            results.setdefault(case, {}).setdefault(way, {}).update(found)
+    return {
+        "versions": {**known, **versions},
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "over": {**record.get("over", {}), **over},
+        "compiled for": results,
+    }
 
 
 if __name__ == "__main__":
