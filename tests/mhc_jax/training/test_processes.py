@@ -67,7 +67,7 @@ def free_port():
 
 def train(out: Path, processes: int) -> list[list[float]]:
     out.mkdir()
-    devices = f"--xla_force_host_platform_device_count={8 // processes}"
+    devices = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={8 // processes}"
     port = free_port()
     running = [
         subprocess.Popen(
