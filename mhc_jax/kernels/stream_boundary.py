@@ -29,8 +29,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from mhc_jax.kernels.launch import LANES, launched, rows
+from mhc_jax.kernels.tpu_tiles import GROUP, parts_of, product
 
-GROUP = 8  # tokens: the rows of a register
 TOKENS = 128  # of a tile at most: the tokens of a register of maps
 FEATURES = 2048  # of a step at most
 # Of the vector memory of a core: what tiles may take, and what kernels may take in all.
@@ -154,20 +154,6 @@ def _phi_rows(phi: Array, s: Sizes) -> Array:
     return jnp.pad(rows, ((0, 0), (0, s.logits - rows.shape[1]), (0, s.width - rows.shape[2])))
 
 
-def _parts(array: Array, dtype: Any) -> list[Array]:
-    """Arrays of `dtype` that sum up to a float32 array: to 16 bits in bfloat16."""
-    if dtype != jnp.bfloat16:
-        return [array.astype(dtype)]
-    high = array.astype(dtype)
-    return [high, (array - high.astype(F32)).astype(dtype)]
-
-
-def _product(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
-    precision = lax.Precision.HIGHEST if a.dtype == F32 else None
-    dimensions = ((contract[:1], contract[1:]), ((), ()))
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=F32)
-
-
 def _step(ref: Any, s: Sizes, at: Any, k: Array, stream: int = 0) -> Any:
     """Features of step k of a stream: an index of (tokens, streams * C)."""
     return (at, pl.ds(pl.multiple_of(stream * s.width + k * s.step, LANES), s.step))
@@ -233,7 +219,7 @@ def forward(
     features = n * width
     # For each old stream and the output, a row for each new stream.
     maps = _table([res[:, :, j] for j in range(n)] + [post], s)
-    parts = _parts(_phi_rows(phi, s), dtype)
+    parts = parts_of(_phi_rows(phi, s), dtype)
     projection = jnp.concatenate(parts, axis=1)
     columns = projection.shape[1]
     constants = jnp.pad(jnp.stack([gate, bias], axis=1), ((0, -n % 8), (0, 0)))
@@ -255,14 +241,14 @@ def forward(
     ) -> None:
         coefficients = [maps_ref[0, j * above : (j + 1) * above] for j in range(n + 1)]
         for q in range(s.groups):
-            diagonals = _parts(_diagonals(_to_groups(coefficients, q), n), dtype)
+            diagonals = parts_of(_diagonals(_to_groups(coefficients, q), n), dtype)
             mix_ref[q] = jnp.concatenate([p.astype(F32) for p in diagonals], axis=1).astype(dtype)
 
         def mix(k: Array, _: Any) -> None:
             for q in range(s.groups):
                 at = pl.ds(q * GROUP, GROUP)
                 own = _stack([(x_ref, n), (y_ref, 1)], s, q, k)
-                new = _product(mix_ref[q], jnp.concatenate(own * len(parts), axis=0)).astype(dtype)
+                new = product(mix_ref[q], jnp.concatenate(own * len(parts), axis=0)).astype(dtype)
                 for i in range(n):
                     new_ref[_step(new_ref, s, at, k, i)] = new[i * GROUP : (i + 1) * GROUP]
                 square = new.astype(F32) ** 2
@@ -272,7 +258,7 @@ def forward(
             total = jnp.zeros((s.tokens, columns), F32)
             for i in range(n):
                 weights = phi_ref[i, :, pl.ds(pl.multiple_of(k * s.step, LANES), s.step)]
-                total += _product(new_ref[_step(new_ref, s, slice(None), k, i)], weights, (1, 1))
+                total += product(new_ref[_step(new_ref, s, slice(None), k, i)], weights, (1, 1))
             sums_ref[:, :columns] = jnp.where(k == 0, total, sums_ref[:, :columns] + total)
 
         lax.fori_loop(0, s.width // s.step, mix, None)
@@ -419,12 +405,12 @@ def backward(
             for q in range(s.groups):
                 stack = _stack(mine, s, q, k)
                 everything = jnp.concatenate(_stack(arrived, s, q, k) + stack, axis=0)
-                new = _product(jnp.concatenate(stack, axis=0), everything, (1, 1))
+                new = product(jnp.concatenate(stack, axis=0), everything, (1, 1))
                 gram_ref[q] = jnp.where(k == 0, new, gram_ref[q] + new)
             phi_step = phi_ref[:, pl.ds(pl.multiple_of(k * s.step, LANES), s.step)]
             for j in range(n + 1):
                 ref, stream = (x_ref, j) if j < n else (y_ref, 0)
-                new = _product(phi_step, ref[_step(ref, s, slice(None), k, stream)], (1, 1))
+                new = product(phi_step, ref[_step(ref, s, slice(None), k, stream)], (1, 1))
                 phi_gram_ref[j] = jnp.where(k == 0, new, phi_gram_ref[j] + new)
 
         lax.fori_loop(0, s.width // s.step, sums, None)
@@ -488,7 +474,7 @@ def backward(
         ]
         for q in range(s.groups):
             # The radial part, of X and y, is small: it needs no second number.
-            high, *low = _parts(_diagonals(_to_groups(to_old, q), n + 1), dtype)
+            high, *low = parts_of(_diagonals(_to_groups(to_old, q), n + 1), dtype)
             mix = [high.astype(F32), *(p.astype(F32)[:, :own] for p in low)]
             mix_ref[q] = jnp.concatenate(mix, axis=1).astype(dtype)
             at = slice(q * GROUP, (q + 1) * GROUP)
@@ -497,11 +483,11 @@ def backward(
 
         def mix_back(k: Array, _: Any) -> None:
             at_step = pl.ds(pl.multiple_of(k * s.step, LANES), s.step)
-            from_phi = _product(last_ref[...], phi_ref[:, at_step])
+            from_phi = product(last_ref[...], phi_ref[:, at_step])
             for q in range(s.groups):
                 at = pl.ds(q * GROUP, GROUP)
                 far, near = _stack(arrived, s, q, k), _stack(mine, s, q, k)
-                old = _product(mix_ref[q], jnp.concatenate([*far, *near, *far * (parts - 1)], axis=0))
+                old = product(mix_ref[q], jnp.concatenate([*far, *near, *far * (parts - 1)], axis=0))
                 old = (old + from_phi[q * own : (q + 1) * own]).astype(dtype)
                 for j in range(n):
                     dx_ref[_step(dx_ref, s, at, k, j)] = old[j * GROUP : (j + 1) * GROUP]
@@ -509,7 +495,7 @@ def backward(
             total = jnp.zeros((s.phi, s.step), F32)
             for j in range(n + 1):
                 ref, stream = (x_ref, j) if j < n else (y_ref, 0)
-                total += _product(outer_ref[j], ref[_step(ref, s, slice(None), k, stream)])
+                total += product(outer_ref[j], ref[_step(ref, s, slice(None), k, stream)])
             d_phi_ref[0, :, at_step] += total
 
         lax.fori_loop(0, s.width // s.step, mix_back, None)

@@ -16,8 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from mhc_jax.kernels.launch import LANES, filled
-from mhc_jax.kernels.stream_boundary import GROUP, _parts
 from mhc_jax.kernels.tpu_tiles import (
+    GROUP,
     GROUPS,
     TOKENS,
     Diagonal,
@@ -27,6 +27,7 @@ from mhc_jax.kernels.tpu_tiles import (
     of_tile,
     off_rows,
     on_rows,
+    parts_of,
     product,
     table,
     tile,
@@ -66,7 +67,7 @@ def collapse(
             for g in range(GROUPS):
                 at = pl.ds(g * GROUP, GROUP)
                 x = x_ref[at, :, at_step].reshape(t.rows, t.step).astype(dtype)
-                total = product(mix_ref[g], jnp.concatenate([x] * mix.copies, axis=0), sums)
+                total = product(mix_ref[g], jnp.concatenate([x] * mix.copies, axis=0), sums=sums)
                 out_ref[at, at_step] = total.astype(out_ref.dtype)
 
         lax.fori_loop(0, t.features // t.step, step, None)
@@ -116,7 +117,7 @@ def collapse_weights(
             for g in range(GROUPS):
                 at = pl.ds(g * GROUP, GROUP)
                 x = x_ref[at, :, at_step].reshape(t.rows, t.step).astype(factors)
-                products_ref[g] += product(d_ref[at, at_step].astype(factors), x, sums, (1, 1))
+                products_ref[g] += product(d_ref[at, at_step].astype(factors), x, (1, 1), sums=sums)
 
         lax.fori_loop(0, t.features // t.step, step, None)
 
@@ -159,7 +160,7 @@ def project(
     dtype, sums = working(streams, phi)
     t = tile(n, width, n, streams.dtype.itemsize)
     streams = filled(streams, (TOKENS, t.features))
-    split = _parts(phi.reshape(n, width, m).transpose(0, 2, 1), dtype)
+    split = parts_of(phi.reshape(n, width, m).transpose(0, 2, 1), dtype)
     # Columns (stream, part, logit).
     columns = jnp.concatenate(split, axis=1).reshape(-1, width)
     own = columns.shape[0] // n
@@ -196,7 +197,7 @@ def project(
             for start in range(0, GROUPS, t.several):
                 at, rows = pl.ds(start * GROUP, t.several * GROUP), pl.ds(start * t.rows, t.several * t.rows)
                 x = x_ref[at, :, at_step].reshape(t.several * t.rows, t.step)
-                new = product(x.astype(dtype), weights, sums, (1, 1))
+                new = product(x.astype(dtype), weights, (1, 1), sums=sums)
                 for lane in range(high // LANES):
                     sums_ref[pl.ds(lane * TOKENS * n + start * t.rows, t.several * t.rows), :] += new[
                         :, lane * LANES : (lane + 1) * LANES
@@ -238,7 +239,7 @@ def project(
                         ],
                     )
                 )
-            raw = product(fold_ref[...], jnp.concatenate(chosen, axis=1), sums, (1, 1))
+            raw = product(fold_ref[...], jnp.concatenate(chosen, axis=1), (1, 1), sums=sums)
             out_ref[0] = jnp.concatenate([raw, totals_ref[...]], axis=0)
 
     grid = streams.shape[0] // TOKENS, streams.shape[2] // t.features
@@ -331,7 +332,7 @@ def backward(
                 ref[pl.ds(i, TOKENS, n), :] = lanes
         column = lax.broadcasted_iota(jnp.int32, (TOKENS, LANES), 1)
         for start in range(0, high, LANES):
-            everywhere = product(raw_ref[0], spread_raw_ref[:, start : start + LANES], sums, (0, 0))
+            everywhere = product(raw_ref[0], spread_raw_ref[:, start : start + LANES], (0, 0), sums=sums)
             for i in range(n):
                 rows_ref[pl.ds(i, TOKENS, n), :] = jnp.where(_between(column + start, i * m, m), everywhere, 0)
             left_ref[:, start : start + LANES] = rows_ref[...].astype(dtype)
@@ -344,13 +345,13 @@ def backward(
                 x = x_ref[at, :, at_step].reshape(t.rows, t.step)
                 left = jnp.concatenate([left_ref[rows, :], mix_ref[g]], axis=1)
                 right = [phi_ref[:, at_step], *[d_ref[at, at_step].astype(dtype)] * mix.copies]
-                d_x = product(left, jnp.concatenate(right, axis=0), sums)
+                d_x = product(left, jnp.concatenate(right, axis=0), sums=sums)
                 across = [ref[rows, :] for ref in (radial_ref, scale_ref)]
                 along, scale = (jnp.concatenate([a] * (t.step // LANES), axis=1) for a in across)
                 d_x += along * (scale * x.astype(sums))
                 dx_ref[at, :, at_step] = d_x.astype(dx_ref.dtype).reshape(GROUP, n, t.step)
             x = x_ref[:, :, at_step].reshape(TOKENS * n, t.step).astype(dtype)
-            d_phi_ref[0, :, at_step] += product(turned_ref[...], x, sums)
+            d_phi_ref[0, :, at_step] += product(turned_ref[...], x, sums=sums)
 
         lax.fori_loop(0, t.features // t.step, step, None)
 

@@ -14,8 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from mhc_jax.kernels.launch import LANES, filled
-from mhc_jax.kernels.stream_boundary import GROUP
 from mhc_jax.kernels.tpu_tiles import (
+    GROUP,
     GROUPS,
     TOKENS,
     Diagonal,
@@ -63,7 +63,7 @@ def forward(
                 at = pl.ds(g * GROUP, GROUP)
                 x, y = x_ref[at, :, at_step].reshape(t.rows, t.step), y_ref[at, at_step]
                 both = [x.astype(dtype), y.astype(dtype)]
-                new = product(mix_ref[g], jnp.concatenate(both * mix.copies, axis=0), sums)
+                new = product(mix_ref[g], jnp.concatenate(both * mix.copies, axis=0), sums=sums)
                 new_ref[at, :, at_step] = new.astype(new_ref.dtype).reshape(GROUP, n, t.step)
 
         lax.fori_loop(0, t.features // t.step, step, None)
@@ -141,8 +141,8 @@ def backward(
                 at = pl.ds(g * GROUP, GROUP)
                 d, x = (ref[at, :, at_step].reshape(t.rows, t.step).astype(dtype) for ref in (d_ref, x_ref))
                 both = jnp.concatenate([x, y_ref[at, at_step].astype(dtype)], axis=0)
-                products_ref[g] += product(d, both, sums, (1, 1))
-                old = product(mix_ref[g], jnp.concatenate([d] * mix.copies, axis=0), sums)
+                products_ref[g] += product(d, both, (1, 1), sums=sums)
+                old = product(mix_ref[g], jnp.concatenate([d] * mix.copies, axis=0), sums=sums)
                 dx_ref[at, :, at_step] = old[: t.rows].astype(dx_ref.dtype).reshape(GROUP, n, t.step)
                 dy_ref[at, at_step] = old[t.rows :].astype(dy_ref.dtype)
 

@@ -22,8 +22,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from mhc_jax.kernels.launch import LANES, cost, launched
-from mhc_jax.kernels.stream_boundary import GROUP, _parts
 
+GROUP = 8  # tokens: the rows of a register
 TOKENS = LANES  # of a tile
 GROUPS = TOKENS // GROUP
 # Bytes of the vector memory of a core, of which every TPU since v5e has 64 MiB: for tiles, twice each, as one is worked
@@ -81,7 +81,16 @@ def working(streams: Array, maps: Array) -> tuple[Any, Any]:
     return (streams.dtype if streams.dtype == jnp.bfloat16 else sums), sums
 
 
-def product(a: Array, b: Array, sums: Any, contract: tuple[int, int] = (1, 0)) -> Array:
+def parts_of(array: Array, dtype: Any) -> list[Array]:
+    """Arrays of `dtype` that sum up to a float32 array: to 16 bits in bfloat16."""
+    if dtype != jnp.bfloat16:
+        return [array.astype(dtype)]
+    high = array.astype(dtype)
+    return [high, (array - high.astype(jnp.float32)).astype(dtype)]
+
+
+def product(a: Array, b: Array, contract: tuple[int, int] = (1, 0), *, sums: Any = jnp.float32) -> Array:
+    """Of two matrices: which axis of each goes, and the dtype of the sums."""
     precision = None if a.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
     dimensions = ((contract[:1], contract[1:]), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=sums)
@@ -140,8 +149,8 @@ class Diagonal(NamedTuple):
 
         def group(g: Array, _: Any) -> None:
             entries = [ref[of_group(g, count * GROUP), :] for ref, count in zip(rows_refs, self.rows, strict=True)]
-            split = jnp.concatenate(_parts(jnp.concatenate(entries, axis=0), dtype), axis=1)
-            everywhere = product(split, spread_ref[...], same_ref.dtype)
+            split = jnp.concatenate(parts_of(jnp.concatenate(entries, axis=0), dtype), axis=1)
+            everywhere = product(split, spread_ref[...], sums=same_ref.dtype)
             mix_ref[g] = jnp.where(same_ref[...] > 0, everywhere, 0).astype(dtype)
 
         lax.fori_loop(0, GROUPS, group, None, unroll=max(1, 160 // self.height))
@@ -151,7 +160,7 @@ class Diagonal(NamedTuple):
 
         def group(g: Array, _: Any) -> None:
             own = jnp.where(same_ref[...] > 0, matrix_ref[g], 0)
-            entries = [product(part, spread_ref[...], same_ref.dtype, (1, 1)) for part in _parts(own, dtype)]
+            entries = [product(part, spread_ref[...], (1, 1), sums=same_ref.dtype) for part in parts_of(own, dtype)]
             rows_ref[of_group(g, self.height), :] = sum(entries)
 
         lax.fori_loop(0, GROUPS, group, None, unroll=max(1, 160 // self.height))
