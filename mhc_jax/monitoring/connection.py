@@ -34,10 +34,14 @@ class Connection(Protocol):
 
 
 def connections(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """The outermost connections of a model and their paths: a container reports the layers inside it."""
+    """The outermost connections of a model and their paths: a container reports the layers inside it.
+
+    But what `retrofit` put into a layer is of no container: such a connection has `reports_alone` set.
+    """
     found: list[tuple[Any, ...]] = []
     for path, module in sorted(nnx.iter_modules(model), key=lambda item: len(item[0])):
-        if isinstance(module, Connection) and not any(path[: len(outer)] == outer for outer in found):
+        inside = any(path[: len(outer)] == outer for outer in found) and not getattr(module, "reports_alone", False)
+        if isinstance(module, Connection) and not inside:
             found.append(path)
             yield path, module
 

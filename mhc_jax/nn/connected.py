@@ -73,6 +73,8 @@ class BlockConnections(nnx.Module):
         layer: which of these layers this is; may be traced.
     """
 
+    reports_alone = True
+
     def __init__(
         self,
         kind: Kind,

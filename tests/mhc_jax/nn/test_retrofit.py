@@ -264,7 +264,7 @@ def test_new_parameters_alone_learn(name, options):
         assert bool((value == before[path]).all()) or path in nnx.to_flat_state(state.params).paths, path
     shown, weights = dashboard(state.model, metrics["diagnostics"])
     assert all(np.isfinite(list(shown.values())))
-    assert weights
+    assert any("hyper_connections" in layer for layer in weights)
 
 
 def test_filters_of_what_is_trained():
