@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.mhc_jax.training.devices import with_devices
+
 SCRIPT = """
 import json, sys
 import jax, numpy as np, optax
@@ -67,12 +69,11 @@ def free_port():
 
 def train(out: Path, processes: int) -> list[list[float]]:
     out.mkdir()
-    devices = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={8 // processes}"
     port = free_port()
     running = [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(rank), str(processes), str(port), str(out)],
-            env=os.environ | {"XLA_FLAGS": devices},
+            env=os.environ | with_devices(8 // processes),
             stderr=subprocess.PIPE,
         )
         for rank in range(processes)
@@ -105,11 +106,10 @@ def run_program(folder: Path, processes: int, *arguments: str, killed: bool = Fa
     port = free_port()
     several = f"--processes.several --processes.coordinator localhost:{port} --processes.count {processes}".split()
     command = [sys.executable, "-m", "mhc_jax.training", *PROGRAM.split(), "--folder", str(folder), *arguments]
-    devices = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={2 // processes}"
     running = [
         subprocess.Popen(
             [*command, *several, "--processes.index", str(rank)] if processes > 1 else command,
-            env=os.environ | ALIKE | {"XLA_FLAGS": devices},
+            env=os.environ | ALIKE | with_devices(2 // processes),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )

@@ -26,6 +26,7 @@ from mhc_jax.training.config import (
     load_config,
 )
 from mhc_jax.training.program import Run
+from tests.mhc_jax.training.devices import with_devices
 
 SIZES = DecoderConfig(256, features=8, mlp_features=16, depth=2, num_heads=2)
 
@@ -154,10 +155,11 @@ def test_a_residual_checkpoint_begins_a_run_of_streams(text, capsys):
 
 
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, "-m", "tests.mhc_jax.training.kills", str(tmp_path), "3"]
     root = Path(__file__).parents[3]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        command, env=os.environ | with_devices(1), cwd=root, capture_output=True, text=True, timeout=500
+    )
     assert done.stdout.splitlines()[-1:] == ["equal"], done.stdout + done.stderr[-3000:]
 
 
