@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-
 _ARRAYS = (jax.Array, np.ndarray, torch.Tensor)
 
 
