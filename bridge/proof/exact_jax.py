@@ -5,6 +5,7 @@ and evaluated operation by operation with every floating-point number in float64
 meaning depends on the bits of a number or because we cannot see into it, runs as it is, and is named.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -66,6 +67,8 @@ def blurred(array: np.ndarray, amplitude: Any, generator: np.random.Generator) -
 
 _compilations: dict[Any, Any] = {}
 _KEPT = 512
+# A reduction names the function that it was made from beside the program of it, which is all that counts.
+_MADE_FROM = re.compile(r"computation=<function .*? at 0x\w+>")
 _FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -82,7 +85,7 @@ class Program:
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         self.closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
         self.tree = jax.tree.structure(shapes)
-        self.text = str(self.closed.jaxpr)
+        self.text = _MADE_FROM.sub("", str(self.closed.jaxpr))
 
     def __call__(self, *args: Any) -> Any:
         run, _ = self._compiled(None, lambda: (jax.jit(partial(jax.core.eval_jaxpr, self.closed.jaxpr)), Lift()))

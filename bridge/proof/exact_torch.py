@@ -60,6 +60,8 @@ class Exact(Mode):
         written = dict(declared)
         kwargs = {name: self._argument(name, written[name], value) for name, value in kwargs.items()}
         result = func(*new, **kwargs)
+        if isinstance(result, torch.Tensor) and self._is_exact(result):  # nearly always, so this is fast
+            return result
         given = {id(x) for x in arrays((args, kwargs))}
         if all(self._is_exact(x) or id(x) in given for x in arrays(result)):
             return result
@@ -84,9 +86,11 @@ class Exact(Mode):
             return _double(value)
         if name == "half_to_float":  # of a softmax
             return False
-        if written or value is None:
+        if written:
             return value
-        return transform(lambda x: self._up(x) if isinstance(x, torch.Tensor) else x, value)
+        if isinstance(value, (list, tuple)):
+            return transform(lambda x: self._up(x) if isinstance(x, torch.Tensor) else x, value)
+        return self._up(value) if isinstance(value, torch.Tensor) else value
 
     @staticmethod
     def _is_exact(tensor: torch.Tensor) -> bool:

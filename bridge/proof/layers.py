@@ -76,7 +76,7 @@ class Layers:
         self.torch64 = copy.deepcopy(torch_model).double()
         self.noises = [Noise(self.torch64, amplitude, seed + i) for i, amplitude in enumerate(AMPLITUDES)]
         self.programs, self.results = programs, results
-        found = match(self.jax, self.torch)
+        found = match(self.jax, self.torch, own=True)
         self.links = found.links
         self.pairs = {pair.torch: pair for pair in reversed(found.modules) if not pair.index}
         # A value may come from coarser ones.
@@ -217,9 +217,11 @@ class Layers:
         out: Sequence[Layout],
         names: tuple[list[str], list[str]],
     ) -> Runs[Pull]:
-        torch_given = [how[0](x) for how, x in zip(into, given, strict=True)]
+        own = [to_numpy(x).dtype for x in floats(torch_call.given)]
+        torch_given = [how[0](x).astype(dtype) for how, x, dtype in zip(into, given, own, strict=True)]
         torch_cotangents = [how[0](c) for how, c in zip(out, cotangents, strict=True)]
-        doubles, torch_doubles = [double(x) for x in given], [double(x) for x in torch_given]
+        doubles = [double(x) for x in given]
+        torch_doubles = [how[0](x) for how, x in zip(into, doubles, strict=True)]
         alone = pair.torch in self.plain
         module, wide = submodule(self.jax, pair.jax), submodule(self.jax64, pair.jax)
         plain = pull_program(module, jax_call, given, cotangents, names[0])

@@ -93,18 +93,19 @@ def ulp_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
     if a.dtype.kind in "iub":
         return np.zeros(a.shape, np.uint64)
-    middle = np.uint64(1 << 63)
-
-    def rank(x: np.ndarray) -> np.ndarray:
-        bits = np.ascontiguousarray(x).reshape(x.shape).view(_UNSIGNED[x.dtype.itemsize]).astype(np.uint64)
-        sign = np.uint64(1 << (8 * x.dtype.itemsize - 1))
-        magnitude = bits & (sign - np.uint64(1))
-        return np.where(bits & sign, middle - magnitude, middle + magnitude)
-
-    x, y = rank(a), rank(b)
+    x, y = _rank(a), _rank(b)
     nan_a, nan_b = np.isnan(a.astype(np.float64)), np.isnan(b.astype(np.float64))
     steps = np.where(nan_a | nan_b, np.uint64(2**64 - 1), np.maximum(x, y) - np.minimum(x, y))
     return np.where(nan_a & nan_b, np.uint64(0), steps)
+
+
+def _rank(x: np.ndarray) -> np.ndarray:
+    """The place of each number among all numbers of its dtype, as uint64; that of 0 is 2**63."""
+    middle = np.uint64(1 << 63)
+    bits = np.ascontiguousarray(x).reshape(x.shape).view(_UNSIGNED[x.dtype.itemsize]).astype(np.uint64)
+    sign = np.uint64(1 << (8 * x.dtype.itemsize - 1))
+    magnitude = bits & (sign - np.uint64(1))
+    return np.where(bits & sign, middle - magnitude, middle + magnitude)
 
 
 def kl_divergence(a: np.ndarray, b: np.ndarray) -> float:

@@ -33,13 +33,17 @@ class NoReferenceError(Exception):
 
 @dataclass
 class Call:
-    """One call of a module: its arguments, its result, and when it was entered and left in the order of all events."""
+    """One call of a module: its arguments, its result, and when it was entered and left in the order of all events.
+
+    `autocast` is the dtype to which torch's autocast, where it was on, took the arguments of its operations.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     output: Any = None
     entered: int = 0
     left: int = 0
+    autocast: torch.dtype | None = None
 
     @property
     def given(self) -> _Arguments:
@@ -48,7 +52,8 @@ class Call:
     def map(self, function: Callable[[Any], Any]) -> "Call":
         """The same call with `function(array)` in place of each distinct array."""
         new = {id(x): function(x) for x in arrays(self.given)}
-        return Call(*transform(lambda leaf: new.get(id(leaf), leaf), self.given))
+        args, kwargs = transform(lambda leaf: new.get(id(leaf), leaf), self.given)
+        return Call(args, kwargs, autocast=self.autocast)
 
     def with_floats(self, new: Sequence[Any]) -> "Call":
         """The same call, its distinct floating-point arrays replaced in order; masks and the like stay."""
@@ -164,7 +169,10 @@ def watch_torch(modules: dict[str, torch.nn.Module]) -> Iterator[Recording]:
         )
 
     def enter(path: str, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stack.append(recording.enter(path, *frozen(depends_on(module, args, kwargs))))
+        call = recording.enter(path, *frozen(depends_on(module, args, kwargs)))
+        kind = device_of(module).type
+        call.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        stack.append(call)
 
     def leave(output: Any) -> None:
         recording.leave(stack.pop(), frozen(output))
@@ -386,7 +394,8 @@ def pull_torch(
     sources = [to_torch(array).to(device).requires_grad_() for array in inputs]
     # A module may change its input in place, which autograd allows for everything but leaves.
     given = call.with_floats([tensor * 1 for tensor in sources])
-    with exact or TorchPrecision() as seen:
+    autocast = torch.autocast(device.type, call.autocast, enabled=call.autocast is not None)
+    with autocast, exact or TorchPrecision() as seen:
         outputs = picked((module.forward if alone else module)(*given.args, **given.kwargs), names)
         parameters = {name: p for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
         wanted = [*sources, *parameters.values()]

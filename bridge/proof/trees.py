@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+_ARRAYS = (jax.Array, np.ndarray, torch.Tensor)
+
 
 def is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray, torch.Tensor))
+    return isinstance(leaf, _ARRAYS)
 
 
 def is_float(array: Any) -> bool:
@@ -38,7 +40,7 @@ def _children(node: Any) -> list[tuple[str, Any]] | None:
 
 def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of a tree with their dotted names, in order."""
-    if is_array(tree):
+    if isinstance(tree, _ARRAYS):
         yield name, tree
         return
     below = _children(tree)
@@ -48,7 +50,11 @@ def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield name, tree
             return
     for key, child in below:
-        yield from leaves(child, f"{name}.{key}" if name else key)
+        path = f"{name}.{key}" if name else key
+        if isinstance(child, _ARRAYS):  # as most are
+            yield path, child
+        else:
+            yield from leaves(child, path)
 
 
 def transform(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -70,7 +76,7 @@ def transform(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def arrays(tree: Any) -> list[Any]:
     """The distinct arrays in a tree of arguments or results, in order; one that is passed three times counts once."""
-    return list({id(leaf): leaf for _, leaf in leaves(tree) if is_array(leaf)}.values())
+    return list({id(leaf): leaf for _, leaf in leaves(tree) if isinstance(leaf, _ARRAYS)}.values())
 
 
 def floats(tree: Any) -> list[Any]:
@@ -82,6 +88,6 @@ def named_floats(tree: Any) -> dict[str, Any]:
     """The distinct floating-point arrays in a tree by their first name: "logits", "hidden.0"; "" for a bare array."""
     found: dict[int, tuple[str, Any]] = {}
     for name, leaf in leaves(tree):
-        if is_array(leaf) and is_float(leaf):
+        if isinstance(leaf, _ARRAYS) and is_float(leaf):
             found.setdefault(id(leaf), (name, leaf))
     return dict(found.values())

@@ -122,11 +122,13 @@ class _Verification:
         self.jax_model, self.torch_model = nnx.clone(jax_model), copy.deepcopy(torch_model)
         self.jax_call, self.torch_call = jax_call, torch_call
         self.seed, self.programs = seed, Programs()
-        self.match = match(self.jax_model, self.torch_model)
+        self.match = match(self.jax_model, self.torch_model, own=True)
         self.eps = max((epsilon(p.dtype) for p in self.torch_model.parameters()), default=0.0)
         self.rows: list[Row] = []
         self.faults: dict[str, str] = {}
-        self.notes: list[str] = []
+        self.notes = [
+            f"{name} is an array without a counterpart, judged by what the model makes of it" for name in self.match.own
+        ]
         self.unproved = [f"setting differs: {line}" for line in self.match.settings]
         self.unlifted: set[str] = set()
         self.logits: dict[str, float] = {}
@@ -195,6 +197,10 @@ class _Verification:
                     f"output {self.results[0][i]!r} of jax_model has shape {a.shape}, "
                     f"that of torch_model, {self.results[1][i]!r}, {b.shape}; "
                     "outputs={jax name: torch name} says which correspond"
+                )
+            if a.dtype != b.dtype:
+                self.unproved.append(
+                    f"output {i} is {a.dtype} in JAX and {b.dtype} in torch: one side computes in less precision"
                 )
             if np.isnan(a).any() and np.isnan(b).any():
                 self.unproved.append(f"output {i} holds NaN in both models: of those elements nothing is proved")

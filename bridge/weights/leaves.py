@@ -69,5 +69,8 @@ def join(path: str, name: str) -> str:
 def submodule(model: Any, path: str) -> Any:
     """The node of an nnx module at a dotted path."""
     for name in path.split(".") if path else ():
-        model = model[int(name)] if name.isdigit() else getattr(model, name)
+        if isinstance(model, Mapping) and not isinstance(model, nnx.Module):
+            model = next(child for key, child in model.items() if str(key) == name)
+        else:
+            model = model[int(name)] if name.isdigit() else getattr(model, name)
     return model

@@ -77,6 +77,7 @@ class Match:
         modules: the pairs of modules, parents first.
         jax, torch: the leaves of each side by path.
         settings: one line per hyperparameter that differs, so that equal weights will not mean equal functions.
+        own: arrays that only one side has, and that are no weights: "jax mask", "torch steps".
     """
 
     links: list[Link] = field(default_factory=list)
@@ -84,6 +85,7 @@ class Match:
     jax: dict[str, Any] = field(default_factory=dict)
     torch: dict[str, Tensor] = field(default_factory=dict)
     settings: list[str] = field(default_factory=list)
+    own: list[str] = field(default_factory=list)
 
 
 Dtypes = Literal["equal", "cast"]
@@ -95,6 +97,7 @@ def match(
     *,
     dtype: Dtypes = "equal",
     untie: Literal["jax", "torch"] | None = None,
+    own: bool = False,
 ) -> Match:
     """Pairs every leaf of the two models.
 
@@ -105,6 +108,8 @@ def match(
         jax_model, torch_model: the two; they may be abstract (`nnx.eval_shape`, `torch.device("meta")`).
         dtype: "equal", or "cast" if floating-point leaves may have other dtypes on the two sides.
         untie: the side on which leaves may be tied, though those that they go to on the other side are not.
+        own: whether each side may have arrays of its own that are no weights (bare arrays in JAX, buffers in torch),
+            and bare arrays may have counterparts, though nothing could write into them.
 
     Raises:
         ValueError: leaves without a counterpart, of another shape or dtype, or tied on one side only; all are listed.
@@ -119,7 +124,7 @@ def match(
     check_dtypes(dtype)
     if untie not in ("jax", "torch", None):
         raise ValueError(f"untie must be 'jax', 'torch' or None, got {untie!r}")
-    matcher = _Matcher(jax_leaves(jax_model), torch_leaves(torch_model), dtype)
+    matcher = _Matcher(jax_leaves(jax_model), torch_leaves(torch_model), dtype, own)
     matcher.modules("", jax_model, "", torch_model, ())
     problems = [*matcher.problems, *matcher.untied(untie), *matcher.uncovered()]
     if problems:
@@ -145,9 +150,9 @@ _TORCH_LISTS = (nn.ModuleList, nn.Sequential, nn.ParameterList)
 
 
 class _Matcher:
-    def __init__(self, jax: dict[str, Any], torch: dict[str, Tensor], dtype: Dtypes) -> None:
+    def __init__(self, jax: dict[str, Any], torch: dict[str, Tensor], dtype: Dtypes, own: bool) -> None:
         self.match = Match(jax=jax, torch=torch)
-        self.dtype = dtype
+        self.dtype, self.own = dtype, own
         self.arrays: dict[str, Mapping[str, Any]] = {"jax": {p: value(leaf) for p, leaf in jax.items()}, "torch": torch}
         self.problems: list[str] = []
         self.expected: dict[str, str] = {}  # where a leaf without a counterpart would have had it
@@ -225,7 +230,7 @@ class _Matcher:
             self.expected.setdefault(f"jax {jax_path}", f"torch {torch_path}")
             self.expected.setdefault(f"torch {torch_path}", f"jax {jax_path}")
             return
-        if not isinstance(ours, nnx.Variable):
+        if not (self.own or isinstance(ours, nnx.Variable)):
             self.problems.append(f"jax {jax_path} is a bare array and cannot be replaced: wrap it in an nnx.Variable")
         rows = None
         if rule.part is not None:
@@ -268,6 +273,9 @@ class _Matcher:
                 array, name = arrays[path], f"{side} {path}"
                 sizes = covered.get(id(leaf), {}).values()
                 if name in self.excused or (sizes and sum(sizes) == math.prod(array.shape)):
+                    continue
+                if self.own and not sizes and not isinstance(leaf, nnx.Variable | nn.Parameter):
+                    self.match.own.append(name)
                     continue
                 what = f"{name}, {dtype_name(array.dtype)}{tuple(array.shape)},"
                 where = f"; it would be {self.expected[name]}" if name in self.expected else ""
