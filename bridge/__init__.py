@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from bridge.weights.match import match
     from bridge.weights.optimizers import convert_optimizer
     from bridge.weights.pretrained import load_pretrained, read_config
+    from bridge.weights.recurrent import fold_biases
+    from bridge.weights.rules import Zero
     from bridge.weights.table import Child, Leaf, Setting, register
 
 __all__ = [
@@ -28,9 +30,11 @@ __all__ = [
     "Leaf",
     "Report",
     "Setting",
+    "Zero",
     "convert",
     "convert_file",
     "convert_optimizer",
+    "fold_biases",
     "hyper_connections",
     "load",
     "load_pretrained",
@@ -51,9 +55,11 @@ _HOMES = {
     "Leaf": "weights.table",
     "Report": "proof.report",
     "Setting": "weights.table",
+    "Zero": "weights.rules",
     "convert": "weights.convert",
     "convert_file": "weights.files",
     "convert_optimizer": "weights.optimizers",
+    "fold_biases": "weights.recurrent",
     "hyper_connections": "weights.hyper",
     "load": "weights.files",
     "load_pretrained": "weights.pretrained",

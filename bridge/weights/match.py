@@ -1,7 +1,7 @@
 """Pairs the leaves of a JAX model with those of a PyTorch model, and accounts for every one of them."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -77,6 +77,7 @@ class Match:
         modules: the pairs of modules, parents first.
         jax, torch: the leaves of each side by path.
         settings: one line per hyperparameter that differs, so that equal weights will not mean equal functions.
+        zeros: (side, path) of a leaf that must be zero, since its counterpart does not exist -> why.
     """
 
     links: list[Link] = field(default_factory=list)
@@ -84,6 +85,14 @@ class Match:
     jax: dict[str, Any] = field(default_factory=dict)
     torch: dict[str, Tensor] = field(default_factory=dict)
     settings: list[str] = field(default_factory=list)
+    zeros: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def check_zeros(self, side: str, read: Callable[[str], np.ndarray]) -> None:
+        """ValueError if a leaf of this side that must be zero is not, by `read`, which gives the array of a path."""
+        wrong = {path: why for (of, path), why in self.zeros.items() if of == side and np.any(read(path))}
+        if wrong:
+            lines = "\n".join(f"  {side} {path} must be zero: {why}" for path, why in wrong.items())
+            raise ValueError(f"the models cannot compute the same:\n{lines}")
 
 
 Dtypes = Literal["equal", "cast"]
@@ -214,10 +223,24 @@ class _Matcher:
         ours = join(jax_path, entry.jax)
         for name, place in places:
             theirs = join(torch_path, name)
-            if isinstance(entry, rules.Leaf):
-                self._leaf(ours, theirs, place, entry)
-            else:
-                self.modules(ours, submodule(jax, entry.jax), theirs, torch.get_submodule(name), place)
+            match entry:
+                case rules.Leaf():
+                    self._leaf(ours, theirs, place, entry)
+                case rules.Child():
+                    self.modules(ours, submodule(jax, entry.jax), theirs, torch.get_submodule(name), place)
+                case rules.Zero():
+                    self._zero("jax" if entry.jax else "torch", ours if entry.jax else theirs, entry.why)
+                case rules.Refused():
+                    where = f"jax {ours or 'model'} and torch {theirs or 'model'} cannot be the same function"
+                    self.problems.append(f"{where}: {entry.why}")
+                    for side, path in (("jax", ours), ("torch", theirs)):
+                        below = (p for p in getattr(self.match, side) if not path or p.startswith(f"{path}."))
+                        self.excused.update(f"{side} {p}" for p in below)
+
+    def _zero(self, side: str, path: str, why: str) -> None:
+        if path in getattr(self.match, side):
+            self.match.zeros[side, path] = why
+            self.excused.add(f"{side} {path}")
 
     def _leaf(self, jax_path: str, torch_path: str, index: tuple[int, ...], rule: rules.Leaf) -> None:
         ours, theirs = self.match.jax.get(jax_path), self.match.torch.get(torch_path)
@@ -225,8 +248,6 @@ class _Matcher:
             self.expected.setdefault(f"jax {jax_path}", f"torch {torch_path}")
             self.expected.setdefault(f"torch {torch_path}", f"jax {jax_path}")
             return
-        if not isinstance(ours, nnx.Variable):
-            self.problems.append(f"jax {jax_path} is a bare array and cannot be replaced: wrap it in an nnx.Variable")
         rows = None
         if rule.part is not None:
             i, n = rule.part
