@@ -149,8 +149,8 @@ def fits(one: str, other: str, dtype: Dtypes) -> bool:
 
 
 _EQUAL = rules.Leaf("", "")
-_JAX_LISTS = (nnx.List, nnx.Sequential, list, tuple)
-_TORCH_LISTS = (nn.ModuleList, nn.Sequential, nn.ParameterList)
+JAX_LISTS = (nnx.List, nnx.Sequential, list, tuple)
+TORCH_LISTS = (nn.ModuleList, nn.Sequential, nn.ParameterList)
 
 
 class _Matcher:
@@ -167,7 +167,7 @@ class _Matcher:
         """Pairs all that is below two modules; `index` is the position on the leading axes of stacked JAX leaves."""
         self.match.modules.append(ModulePair(jax_path, torch_path, index))
         rule = rules.find(type(jax), type(torch))
-        if rule is None and isinstance(jax, _JAX_LISTS) and isinstance(torch, _TORCH_LISTS):
+        if rule is None and isinstance(jax, JAX_LISTS) and isinstance(torch, TORCH_LISTS):
             if isinstance(jax, nnx.Sequential):
                 jax_path, jax = join(jax_path, "layers"), jax.layers
             self._lists(jax_path, jax, torch_path, torch, index)

@@ -7,7 +7,8 @@ layouts differ:
     register(nnx.Linear, torch.nn.Linear, Leaf("kernel", "weight", "in out -> out in"))
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -232,6 +233,28 @@ def _that_tells(module: nn.Module, name: str) -> Rule | None:
     return next((told[base] for base in type(module).__mro__ if base in told), None)
 
 
+@contextmanager
+def trial(proposed: Mapping[tuple[type, type], Rule]) -> Iterator[None]:
+    """With these rules beside those declared, or instead of them."""
+    kept = dict(_rules)
+    _rules.update(proposed)
+    try:
+        yield
+    finally:
+        _rules.clear()
+        _rules.update(kept)
+
+
+def knows(jax_type: type) -> bool:
+    """Whether there is a rule of this type or of one of its bases."""
+    return any(ours in jax_type.__mro__ for ours, _ in _rules)
+
+
+def declare(jax_type: type, torch_type: type, rule: Rule) -> None:
+    """As `register`, of a rule that stands."""
+    _rules[jax_type, torch_type] = rule
+
+
 def find(jax_type: type, torch_type: type) -> Rule | None:
     """The rule of the nearest pair of base classes, the JAX side first; None if there is none."""
     pairs = ((j, t) for j in jax_type.__mro__ for t in torch_type.__mro__)
@@ -286,4 +309,5 @@ def register(
         raise TypeError(f"torch_type must be a subclass of torch.nn.Module, not {torch_type!r}")
     if entries and by is not None:
         raise ValueError("give either entries or by=, not both")
-    _rules[jax_type, torch_type] = Rule(by or entries, settings, jax_only, torch_only, cancellation, terms)
+    rule = Rule(by or entries, settings, jax_only, torch_only, cancellation, terms)
+    declare(jax_type, torch_type, rule)
