@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from bridge.proof.report import Report
     from bridge.proof.verify import verify
     from bridge.weights.convert import convert
+    from bridge.weights.families import families
     from bridge.weights.files import convert_file, load, save
     from bridge.weights.hyper import hyper_connections, return_hyper_connections
     from bridge.weights.match import match
     from bridge.weights.optimizers import convert_optimizer
     from bridge.weights.pretrained import load_pretrained, read_config
+    from bridge.weights.recurrent import fold_biases
+    from bridge.weights.rules import Zero
+    from bridge.weights.suggest import Suggestion, suggest
     from bridge.weights.table import Child, Leaf, Setting, register
 
 __all__ = [
@@ -28,9 +32,13 @@ __all__ = [
     "Leaf",
     "Report",
     "Setting",
+    "Suggestion",
+    "Zero",
     "convert",
     "convert_file",
     "convert_optimizer",
+    "families",
+    "fold_biases",
     "hyper_connections",
     "load",
     "load_pretrained",
@@ -39,6 +47,7 @@ __all__ = [
     "register",
     "return_hyper_connections",
     "save",
+    "suggest",
     "torch_function",
     "verify",
 ]
@@ -51,9 +60,13 @@ _HOMES = {
     "Leaf": "weights.table",
     "Report": "proof.report",
     "Setting": "weights.table",
+    "Suggestion": "weights.suggest",
+    "Zero": "weights.rules",
     "convert": "weights.convert",
     "convert_file": "weights.files",
     "convert_optimizer": "weights.optimizers",
+    "families": "weights.families",
+    "fold_biases": "weights.recurrent",
     "hyper_connections": "weights.hyper",
     "load": "weights.files",
     "load_pretrained": "weights.pretrained",
@@ -63,6 +76,7 @@ _HOMES = {
     "register": "weights.table",
     "return_hyper_connections": "weights.hyper",
     "save": "weights.files",
+    "suggest": "weights.suggest",
     "torch_function": "calls.torch_in_jax",
     "verify": "proof.verify",
 }

@@ -9,7 +9,7 @@ import torch
 from flax import nnx
 
 from bridge.weights.arrays import assign, copy_into, to_jax, to_numpy
-from bridge.weights.leaves import value
+from bridge.weights.leaves import put, value
 from bridge.weights.match import Dtypes, Link, Match, match
 
 Model = TypeVar("Model", bound=nnx.Module | torch.nn.Module)
@@ -33,7 +33,8 @@ def convert(
 
     Raises:
         TypeError: the two are not one model of each framework, or `untie` is no bool.
-        ValueError: the models do not correspond; the message lists all that is missing, left over or different.
+        ValueError: the models do not correspond; the message lists all that is missing, left over or different. Or a
+            leaf of `source` must be zero for the two to compute the same, and is not (see `bridge.fold_biases`).
 
     Warns:
         UserWarning: a hyperparameter differs (an epsilon, a stride), so that equal weights do not mean equal functions.
@@ -55,7 +56,7 @@ def convert(
     elif isinstance(source, torch.nn.Module) and isinstance(target, nnx.Module):
         found = match(target, source, dtype=dtype, untie="torch" if untie else None)
         warn(found)
-        _into_jax(found)
+        _into_jax(found, target)
     else:
         kinds = f"{type(source).__name__} and {type(target).__name__}"
         raise TypeError(f"source and target must be an nnx.Module and a torch.nn.Module, in either order; got {kinds}")
@@ -70,15 +71,30 @@ def warn(found: Match) -> None:
 
 
 def _into_torch(found: Match) -> None:
+    def read(path: str) -> np.ndarray:
+        return to_numpy(value(found.jax[path]))
+
+    found.check_zeros("jax", read)
     with torch.no_grad():
-        for link, values in torch_values(found.links, lambda path: to_numpy(value(found.jax[path]))):
+        for link, values in torch_values(found.links, read):
             copy_into(link.torch.of(found.torch[link.torch.path]), values)
+        for side, path in found.zeros:
+            if side == "torch":
+                found.torch[path].zero_()
 
 
-def _into_jax(found: Match) -> None:
-    shapes = {path: value(leaf) for path, leaf in found.jax.items()}
-    for path, values in jax_values(found.links, lambda path: to_numpy(found.torch[path]), shapes):
-        found.jax[path].set_value(to_jax(values, getattr(shapes[path], "sharding", None)))
+def _into_jax(found: Match, model: nnx.Module) -> None:
+    def read(path: str) -> np.ndarray:
+        return to_numpy(found.torch[path])
+
+    found.check_zeros("torch", read)
+    likes = {path: value(leaf) for path, leaf in found.jax.items()}
+    for path, values in jax_values(found.links, read, likes):
+        put(model, found.jax, path, to_jax(values, getattr(likes[path], "sharding", None)))
+    for side, path in found.zeros:
+        if side == "jax":
+            zeros = np.zeros(likes[path].shape, likes[path].dtype)
+            put(model, found.jax, path, to_jax(zeros, getattr(likes[path], "sharding", None)))
 
 
 def torch_values(links: Iterable[Link], read: Callable[[str], np.ndarray]) -> Iterator[tuple[Link, np.ndarray]]:

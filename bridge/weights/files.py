@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 from bridge.weights.arrays import borrow, dtype_name, numpy_dtype, to_jax, to_numpy
 from bridge.weights.convert import warn
 from bridge.weights.formats import Piece, Reader, Spec, open_file, write
-from bridge.weights.leaves import aliases, jax_leaves, jax_transients, torch_leaves, value
+from bridge.weights.leaves import aliases, jax_leaves, jax_transients, put, torch_leaves, value
 from bridge.weights.match import Dtypes, Link, Match, check_dtypes, fits, match
 from bridge.weights.names import bare, understood
 from mhc_torch.injection import published_keys
@@ -96,11 +96,9 @@ def load(path: str | os.PathLike[str], model: Any = None, *, dtype: Dtypes = "eq
         if isinstance(model, nn.Module):
             model.load_state_dict({name: borrow(array) for name, array in arrays.items()})
             return model
-        if bare := [name for name, leaf in leaves.items() if not isinstance(leaf, nnx.Variable)]:
-            raise ValueError(f"model: {bare} are bare arrays, which cannot be replaced: wrap them in an nnx.Variable")
         for name, array in arrays.items():
             array = array.astype(value(leaves[name]).dtype, copy=False)
-            leaves[name].set_value(to_jax(_own(array), getattr(value(leaves[name]), "sharding", None)))
+            put(model, leaves, name, to_jax(_own(array), getattr(value(leaves[name]), "sharding", None)))
         return model
 
 
@@ -161,6 +159,7 @@ def convert_file(
     with open_file(source) as reader:
         reader = _understood(reader, torch_model if to == "jax" else jax_model, source)
         names = _sources(reader, ours, _ignored(torch_model if to == "jax" else jax_model), source, dtype)
+        found.check_zeros("torch" if to == "jax" else "jax", lambda path: reader.read(names[path]))
         write(target, specs, map(count, _pieces(reader, names, found, specs, to)))
 
 
@@ -178,7 +177,10 @@ def _pieces(
     for name in reader.specs:
         yield from _parts(reader.read(name), links.get(name, {}).values(), names_of, specs, to)
     linked = {alias for link in found.links for alias in names_of[getattr(link, there).path]}
-    for name in targets.keys() - linked:  # declared to have no counterpart, such as a counter of batches
+    zeros = {path for side, path in found.zeros if side == there}
+    for name in zeros:
+        yield Piece(name, 0, np.zeros(specs[name].shape, numpy_dtype(specs[name].dtype)))
+    for name in targets.keys() - linked - zeros:  # declared to have no counterpart, such as a counter of batches
         array = value(targets[name])
         if isinstance(array, jax.ShapeDtypeStruct) or getattr(array, "is_meta", False):
             raise ValueError(f"{there}_model: it must not be abstract, {name} has no counterpart in the source")

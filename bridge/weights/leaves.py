@@ -1,7 +1,7 @@
 """The arrays of a model by path: what conversion has to account for, and what files hold."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -70,7 +70,25 @@ def submodule(model: Any, path: str) -> Any:
     """The node of an nnx module at a dotted path."""
     for name in path.split(".") if path else ():
         if isinstance(model, Mapping) and not isinstance(model, nnx.Module):
-            model = next(child for key, child in model.items() if str(key) == name)
+            model = dict(jax_items(model))[name]
         else:
             model = model[int(name)] if name.isdigit() else getattr(model, name)
     return model
+
+
+def put(model: nnx.Module, leaves: Mapping[str, Any], path: str, array: jax.Array) -> None:
+    """Gives a leaf of a model, one of its `jax_leaves`, another value. A bare array is replaced wherever it hangs."""
+    leaf = leaves[path]
+    if isinstance(leaf, nnx.Variable):
+        leaf.set_value(array)
+        return
+    for name in aliases(leaves)[path]:
+        above, _, last = name.rpartition(".")
+        holder = submodule(model, above)
+        if isinstance(holder, Mapping):
+            key = next(key for key in holder if str(key) == last)
+            cast(MutableMapping[Any, Any], holder)[key] = array
+        elif isinstance(holder, nnx.Module) and not last.isdigit():
+            setattr(holder, last, array)
+        else:
+            holder[int(last)] = array

@@ -1,7 +1,7 @@
 """Pairs the leaves of a JAX model with those of a PyTorch model, and accounts for every one of them."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -78,6 +78,7 @@ class Match:
         jax, torch: the leaves of each side by path.
         settings: one line per hyperparameter that differs, so that equal weights will not mean equal functions.
         own: arrays that only one side has, and that are no weights: "jax mask", "torch steps".
+        zeros: (side, path) of a leaf that must be zero, since its counterpart does not exist -> why.
     """
 
     links: list[Link] = field(default_factory=list)
@@ -86,6 +87,14 @@ class Match:
     torch: dict[str, Tensor] = field(default_factory=dict)
     settings: list[str] = field(default_factory=list)
     own: list[str] = field(default_factory=list)
+    zeros: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def check_zeros(self, side: str, read: Callable[[str], np.ndarray]) -> None:
+        """ValueError if a leaf of this side that must be zero is not, by `read`, which gives the array of a path."""
+        wrong = {path: why for (of, path), why in self.zeros.items() if of == side and np.any(read(path))}
+        if wrong:
+            lines = "\n".join(f"  {side} {path} must be zero: {why}" for path, why in wrong.items())
+            raise ValueError(f"the models cannot compute the same:\n{lines}")
 
 
 Dtypes = Literal["equal", "cast"]
@@ -108,8 +117,7 @@ def match(
         jax_model, torch_model: the two; they may be abstract (`nnx.eval_shape`, `torch.device("meta")`).
         dtype: "equal", or "cast" if floating-point leaves may have other dtypes on the two sides.
         untie: the side on which leaves may be tied, though those that they go to on the other side are not.
-        own: whether each side may have arrays of its own that are no weights (bare arrays in JAX, buffers in torch),
-            and bare arrays may have counterparts, though nothing could write into them.
+        own: whether each side may have arrays of its own that are no weights (bare arrays in JAX, buffers in torch).
 
     Raises:
         ValueError: leaves without a counterpart, of another shape or dtype, or tied on one side only; all are listed.
@@ -145,8 +153,8 @@ def fits(one: str, other: str, dtype: Dtypes) -> bool:
 
 
 _EQUAL = rules.Leaf("", "")
-_JAX_LISTS = (nnx.List, nnx.Sequential, list, tuple)
-_TORCH_LISTS = (nn.ModuleList, nn.Sequential, nn.ParameterList)
+JAX_LISTS = (nnx.List, nnx.Sequential, list, tuple)
+TORCH_LISTS = (nn.ModuleList, nn.Sequential, nn.ParameterList)
 
 
 class _Matcher:
@@ -163,7 +171,7 @@ class _Matcher:
         """Pairs all that is below two modules; `index` is the position on the leading axes of stacked JAX leaves."""
         self.match.modules.append(ModulePair(jax_path, torch_path, index))
         rule = rules.find(type(jax), type(torch))
-        if rule is None and isinstance(jax, _JAX_LISTS) and isinstance(torch, _TORCH_LISTS):
+        if rule is None and isinstance(jax, JAX_LISTS) and isinstance(torch, TORCH_LISTS):
             if isinstance(jax, nnx.Sequential):
                 jax_path, jax = join(jax_path, "layers"), jax.layers
             self._lists(jax_path, jax, torch_path, torch, index)
@@ -219,10 +227,24 @@ class _Matcher:
         ours = join(jax_path, entry.jax)
         for name, place in places:
             theirs = join(torch_path, name)
-            if isinstance(entry, rules.Leaf):
-                self._leaf(ours, theirs, place, entry)
-            else:
-                self.modules(ours, submodule(jax, entry.jax), theirs, torch.get_submodule(name), place)
+            match entry:
+                case rules.Leaf():
+                    self._leaf(ours, theirs, place, entry)
+                case rules.Child():
+                    self.modules(ours, submodule(jax, entry.jax), theirs, torch.get_submodule(name), place)
+                case rules.Zero():
+                    self._zero("jax" if entry.jax else "torch", ours if entry.jax else theirs, entry.why)
+                case rules.Refused():
+                    where = f"jax {ours or 'model'} and torch {theirs or 'model'} cannot be the same function"
+                    self.problems.append(f"{where}: {entry.why}")
+                    for side, path in (("jax", ours), ("torch", theirs)):
+                        below = (p for p in getattr(self.match, side) if not path or p.startswith(f"{path}."))
+                        self.excused.update(f"{side} {p}" for p in below)
+
+    def _zero(self, side: str, path: str, why: str) -> None:
+        if path in getattr(self.match, side):
+            self.match.zeros[side, path] = why
+            self.excused.add(f"{side} {path}")
 
     def _leaf(self, jax_path: str, torch_path: str, index: tuple[int, ...], rule: rules.Leaf) -> None:
         ours, theirs = self.match.jax.get(jax_path), self.match.torch.get(torch_path)
@@ -230,8 +252,6 @@ class _Matcher:
             self.expected.setdefault(f"jax {jax_path}", f"torch {torch_path}")
             self.expected.setdefault(f"torch {torch_path}", f"jax {jax_path}")
             return
-        if not (self.own or isinstance(ours, nnx.Variable)):
-            self.problems.append(f"jax {jax_path} is a bare array and cannot be replaced: wrap it in an nnx.Variable")
         rows = None
         if rule.part is not None:
             i, n = rule.part

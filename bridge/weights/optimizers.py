@@ -204,6 +204,9 @@ def _links(found: Match, optimizer: torch.optim.Optimizer, tree: dict[str, nnx.V
     """The links between the moments and the parameters of the torch optimizer; ValueError if these are others."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     names = aliases(found.jax)
+    for side, zero in found.zeros:
+        if side == "torch" and found.torch[zero].requires_grad and id(found.torch[zero]) in held:
+            raise ValueError(f"torch {zero} is trained, and has no counterpart in JAX: bridge.fold_biases freezes it")
     links: dict[tuple, Link] = {}
     for link in found.links:
         # A tied parameter has its moments under the first of its paths.

@@ -7,7 +7,8 @@ layouts differ:
     register(nnx.Linear, torch.nn.Linear, Leaf("kernel", "weight", "in out -> out in"))
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -119,7 +120,41 @@ class Child:
     torch: str
 
 
-Entry = Leaf | Child
+@dataclass(frozen=True)
+class Zero:
+    """A leaf of one side that has no counterpart, because the other module computes what it would with zeros.
+
+    Conversion writes zeros there, and refuses to convert from other values.
+
+    Attributes:
+        why: what the error says.
+        jax, torch: the name, on one of the sides; `*` as in `Leaf`.
+
+    Example:
+        >>> Zero("the other module has no bias", torch="bias").torch
+        'bias'
+    """
+
+    why: str
+    jax: str = ""
+    torch: str = ""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Says that two modules cannot be the same function, and why.
+
+    Example:
+        >>> Refused("the other one draws random numbers").why
+        'the other one draws random numbers'
+    """
+
+    why: str
+    jax: str = ""
+    torch: str = ""
+
+
+Entry = Leaf | Child | Zero | Refused
 Terms = Callable[[Any, Sequence[np.ndarray], Sequence[np.ndarray]], float]
 
 
@@ -143,6 +178,11 @@ class Setting:
     torch: Callable[[Any], Any]
 
 
+def equal(ours: str, theirs: str) -> Setting:
+    """The setting that is the attribute `ours` of the JAX module and `theirs` of the torch module."""
+    return Setting(ours, lambda module: getattr(module, ours), lambda module: getattr(module, theirs))
+
+
 Names = tuple[str, ...] | Callable[[Any, Any], tuple[str, ...]]
 
 
@@ -151,7 +191,8 @@ class Rule:
     """How a pair of module types maps. What it does not name is matched by equal names.
 
     Attributes:
-        entries: leaves and children whose names or layouts differ, or a function of the two modules that gives them.
+        entries: leaves and children whose names or layouts differ, leaves that must be zero, or why the two cannot be
+            the same; or a function of the two modules that gives them.
         settings: hyperparameters that must agree.
         jax_only, torch_only: leaves without a counterpart that carry no weight, such as a counter of batches; or a
             function of the two modules that gives them.
@@ -192,6 +233,28 @@ def _that_tells(module: nn.Module, name: str) -> Rule | None:
     return next((told[base] for base in type(module).__mro__ if base in told), None)
 
 
+@contextmanager
+def trial(proposed: Mapping[tuple[type, type], Rule]) -> Iterator[None]:
+    """With these rules beside those declared, or instead of them."""
+    kept = dict(_rules)
+    _rules.update(proposed)
+    try:
+        yield
+    finally:
+        _rules.clear()
+        _rules.update(kept)
+
+
+def knows(jax_type: type) -> bool:
+    """Whether there is a rule of this type or of one of its bases."""
+    return any(ours in jax_type.__mro__ for ours, _ in _rules)
+
+
+def declare(jax_type: type, torch_type: type, rule: Rule) -> None:
+    """As `register`, of a rule that stands."""
+    _rules[jax_type, torch_type] = rule
+
+
 def find(jax_type: type, torch_type: type) -> Rule | None:
     """The rule of the nearest pair of base classes, the JAX side first; None if there is none."""
     pairs = ((j, t) for j in jax_type.__mro__ for t in torch_type.__mro__)
@@ -212,7 +275,8 @@ def register(
     """Declares how `jax_type` (an nnx.Module) and `torch_type` (a torch.nn.Module) map, replacing an earlier rule.
 
     Args:
-        entries: the `Leaf`s and `Child`ren whose names or layouts differ; the rest is matched by equal names.
+        entries: the `Leaf`s and `Child`ren whose names or layouts differ, and the `Zero`s; the rest is matched by equal
+            names.
         by: instead of `entries`, a function (jax_module, torch_module) -> entries, where they depend on the modules.
         settings: hyperparameters that must agree for the same weights to mean the same function.
         jax_only, torch_only: names of leaves that have no counterpart and carry no weight, or functions as `by`.
@@ -245,4 +309,5 @@ def register(
         raise TypeError(f"torch_type must be a subclass of torch.nn.Module, not {torch_type!r}")
     if entries and by is not None:
         raise ValueError("give either entries or by=, not both")
-    _rules[jax_type, torch_type] = Rule(by or entries, settings, jax_only, torch_only, cancellation, terms)
+    rule = Rule(by or entries, settings, jax_only, torch_only, cancellation, terms)
+    declare(jax_type, torch_type, rule)

@@ -13,16 +13,13 @@ import mhc_jax.models as jax_models
 import mhc_jax.nn as jax_mhc
 import mhc_torch as torch_mhc
 import mhc_torch.models as torch_models
-from bridge.weights.rules import Child, Leaf, Setting, register
+from bridge.weights import recurrent, wrapped  # noqa: F401 - declare more rules
+from bridge.weights.rules import Child, Entry, Leaf, Refused, Setting, equal, register
 from mhc_jax.nn import connected as jax_connected
 from mhc_jax.nn import hyper_connections as jax_streams
 from mhc_torch import connected as torch_connected
 from mhc_torch.history.width_map import WidthMap
 from mhc_torch.nn import hyper_connections as torch_streams
-
-
-def _equal(ours: str, theirs: str) -> Setting:
-    return Setting(ours, lambda module: getattr(module, ours), lambda module: getattr(module, theirs))
 
 
 def _per_axis(ours: str, theirs: str) -> Setting:
@@ -53,6 +50,32 @@ def _general(module: nnx.LinearGeneral, _: nn.Module) -> tuple[Leaf, ...]:
         Leaf("kernel", "weight", f"{inputs} {outputs} -> ({outputs}) ({inputs})"),
         Leaf("bias", "bias", f"{outputs} -> ({outputs})"),
     )
+
+
+def _einsum(module: nnx.Einsum, _: nn.Linear) -> tuple[Entry, ...]:
+    operands, result = module.einsum_str.replace(" ", "").split("->")
+    inputs, kernel = operands.split(",")
+    if both := [axis for axis in kernel if axis in inputs and axis in result]:
+        return (Refused(f"axes {both} of {module.einsum_str!r} are neither summed nor new, which no nn.Linear can do"),)
+    summed = " ".join(axis for axis in inputs if axis in kernel)
+    new = " ".join(axis for axis in result if axis in kernel)
+    layout = f"{' '.join(kernel)} -> ({new}) ({summed})"
+    return Leaf("kernel", "weight", layout), Leaf("bias", "bias", "... -> (...)")
+
+
+def _slope(module: nnx.PReLU, _: nn.PReLU) -> tuple[Entry, ...]:
+    # One slope is a number in flax, and in torch as many numbers as there are slopes.
+    return (Leaf("negative_slope", "weight", "... -> ..." if module.negative_slope.shape else "-> ()"),)
+
+
+def _spatial(dims: int) -> tuple[Setting, ...]:
+    """Of dropouts of whole channels, which flax has last."""
+    rate, axes = equal("rate", "p"), tuple(range(1, 1 + dims))
+
+    def shared(module: nnx.Dropout) -> tuple[int, ...]:
+        return tuple(sorted(axis % (dims + 2) for axis in module.broadcast_dims))
+
+    return rate, Setting("broadcast_dims", shared, lambda _: axes)
 
 
 def _attention(_: nnx.MultiHeadAttention, module: nn.MultiheadAttention) -> tuple[Leaf, ...]:
@@ -106,6 +129,8 @@ _STRIDES, _DILATION = _per_axis("strides", "stride"), _per_axis("kernel_dilation
 
 register(nnx.Linear, nn.Linear, Leaf("kernel", "weight", "in out -> out in"))
 register(nnx.LinearGeneral, nn.Linear, by=_general)
+register(nnx.Einsum, nn.Linear, by=_einsum)
+register(nnx.PReLU, nn.PReLU, by=_slope)
 register(nnx.Embed, nn.Embedding, Leaf("embedding", "weight"))
 register(nnx.LayerNorm, nn.LayerNorm, _SCALE, settings=(_EPSILON,), cancellation=_layer_norm)
 register(nnx.RMSNorm, nn.RMSNorm, _SCALE, settings=(_EPSILON,))
@@ -113,22 +138,28 @@ register(
     nnx.GroupNorm,
     nn.GroupNorm,
     _SCALE,
-    settings=(_EPSILON, _equal("num_groups", "num_groups")),
+    settings=(_EPSILON, equal("num_groups", "num_groups")),
     cancellation=_group_norm,
 )
 for _instance in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d):
     register(nnx.InstanceNorm, _instance, _SCALE, settings=(_EPSILON,), cancellation=_instance_norm)
-register(nnx.Dropout, nn.Dropout, settings=(_equal("rate", "p"),))
+register(nnx.Dropout, nn.Dropout, settings=_spatial(0))
+for _dims, _channels in enumerate((nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), 1):
+    register(nnx.Dropout, _channels, settings=_spatial(_dims))
 register(
     nnx.MultiHeadAttention,
     nn.MultiheadAttention,
     by=_attention,
-    settings=(_equal("num_heads", "num_heads"), _equal("dropout_rate", "dropout")),
+    settings=(
+        equal("num_heads", "num_heads"),
+        equal("dropout_rate", "dropout"),
+        Setting("add_zero_attn", lambda _: False, lambda module: module.add_zero_attn),
+    ),
 )
 
 for _conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
     _kernel = Leaf("kernel", "weight", "... in out -> out in ...")
-    register(nnx.Conv, _conv, _kernel, settings=(_STRIDES, _DILATION, _equal("feature_group_count", "groups")))
+    register(nnx.Conv, _conv, _kernel, settings=(_STRIDES, _DILATION, equal("feature_group_count", "groups")))
 for _transpose in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
     register(nnx.ConvTranspose, _transpose, by=_transposed, settings=(_STRIDES, _DILATION))
 for _norm in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
@@ -168,7 +199,7 @@ register(nnx.Linear, WidthMap, by=_width_map)
 register(
     jax_mhc.MatrixMHCSkip,
     torch_mhc.MatrixMHCSkip,
-    settings=(_equal("doubly_stochastic", "doubly_stochastic"), _equal("iterations", "iterations")),
+    settings=(equal("doubly_stochastic", "doubly_stochastic"), equal("iterations", "iterations")),
     terms=_inner_products,
 )
 register(jax_mhc.MHCSequential, torch_mhc.MHCSequential, settings=(_DETACH,))

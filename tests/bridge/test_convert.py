@@ -319,14 +319,30 @@ def test_every_bit_pattern_of_the_narrow_dtypes_survives(ours, theirs):
     np.testing.assert_array_equal(source.weight.view(torch.from_numpy(bits).dtype), bits)
 
 
-def test_a_bare_array_cannot_be_a_target(tmp_path):
-    model = nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0))
-    model.bias = jnp.zeros(2)
-    with pytest.raises(ValueError, match="jax bias is a bare array"):
-        bridge.convert(nn.Linear(2, 2), model)
-    bridge.save(tmp_path / "x.pt", model)
-    with pytest.raises(ValueError, match=r"model: \['bias'\] are bare arrays"):
-        bridge.load(tmp_path / "x.pt", model)
+def test_bare_arrays_are_replaced_wherever_they_hang(tmp_path):
+    class Ours(nnx.Module):
+        def __init__(self) -> None:
+            table = jnp.zeros((3, 2))
+            self.table, self.again = table, table
+            self.parts = nnx.data({("a", "b"): jnp.zeros(2)})
+            self.row = nnx.data([jnp.zeros(2), jnp.zeros(2)])
+
+    class Theirs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, shape in {"table": (3, 2), "part": (2,), "one": (2,), "two": (2,)}.items():
+                self.register_buffer(name, torch.zeros(shape))
+
+    names = {"parts.('a', 'b')": "part", "row.0": "one", "row.1": "two"}
+    bridge.register(Ours, Theirs, *(bridge.Leaf(*names) for names in names.items()))
+    source = randomize(Theirs())
+    target = bridge.convert(source, Ours())
+    np.testing.assert_array_equal(target.table, source.table)
+    np.testing.assert_array_equal(target.again, source.table)
+    np.testing.assert_array_equal(target.parts["a", "b"], source.part)
+    np.testing.assert_array_equal(target.row[1], source.two)
+    bridge.save(tmp_path / "x.pt", target)
+    assert equal(bridge.load(tmp_path / "x.pt", Ours()), target)
 
 
 def test_weights_keep_their_sharding():
