@@ -15,8 +15,9 @@ streams to every layer, and the method is off.
 """
 
 from mhc_torch.sinkhorn import sinkhorn
+from mhc_torch.streams.boundary import boundary
 from mhc_torch.streams.config import MAX_STREAMS, StreamConfig
-from mhc_torch.streams.connect import collapse, expand, first_read, reduce, write
+from mhc_torch.streams.connect import collapse, expand, first_read, read, reduce, write
 from mhc_torch.streams.conventions import CONVENTIONS, Convention
 from mhc_torch.streams.maps import Maps, check_streams, initial_bias, maps, normalized_logits
 
@@ -26,6 +27,7 @@ __all__ = [
     "Convention",
     "Maps",
     "StreamConfig",
+    "boundary",
     "check_streams",
     "collapse",
     "expand",
@@ -33,6 +35,7 @@ __all__ = [
     "initial_bias",
     "maps",
     "normalized_logits",
+    "read",
     "reduce",
     "sinkhorn",
     "write",
