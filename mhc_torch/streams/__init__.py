@@ -19,14 +19,17 @@ from mhc_torch.streams.boundary import boundary
 from mhc_torch.streams.config import MAX_STREAMS, StreamConfig
 from mhc_torch.streams.connect import collapse, expand, first_read, read, reduce, write
 from mhc_torch.streams.conventions import CONVENTIONS, Convention
+from mhc_torch.streams.depth import Connected, apply_branches, optimal_block_length
 from mhc_torch.streams.maps import Maps, check_streams, initial_bias, maps, normalized_logits
 
 __all__ = [
     "CONVENTIONS",
     "MAX_STREAMS",
+    "Connected",
     "Convention",
     "Maps",
     "StreamConfig",
+    "apply_branches",
     "boundary",
     "check_streams",
     "collapse",
@@ -35,6 +38,7 @@ __all__ = [
     "initial_bias",
     "maps",
     "normalized_logits",
+    "optimal_block_length",
     "read",
     "reduce",
     "sinkhorn",

@@ -61,7 +61,8 @@ def boundary(
         The streams X', the input x' of the next branch, and its H_post and H_res, None where it mixes nothing.
 
     Raises:
-        ValueError: if the shapes do not fit each other or the parameters, `config.single_pass` is set, or "triton" asked for.
+        ValueError: if the shapes do not fit each other or the parameters, `config.single_pass` is set, or "triton" is
+            asked for.
         TypeError: if the streams are not of a floating dtype, or cannot hold the output's.
 
     Source: arXiv 2512.24880, section 4.3.1 fuses parts of it.

@@ -43,7 +43,6 @@ EXCEPTIONS = {
     "make_layer": "a stack of JAX is one scan over equal layers, which it makes; torch takes the layers",
     "depth": "as make_layer",
     "layers": "as make_layer",
-    "block_length": "as make_layer: what the scan keeps",
     "groups": "of torch.nn.Conv2d, for the order of its arguments",
     "dilation": "as groups",
 }
