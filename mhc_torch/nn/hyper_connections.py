@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mhc_torch import _private
 from mhc_torch.following import full_precision
+from mhc_torch.kernels.choice import Implementation, check_implementation
 from mhc_torch.monitoring.connection import entropy, shares, whole
 from mhc_torch.options import resolve
 from mhc_torch.streams import (
@@ -50,6 +51,7 @@ class ConnectionMaps(nn.Module):
         config: all options of the maps.
         layer_index: which branch of the network this is, counted from 0.
         branch_names: of the modules beside this one that make up the branch, for the norm of its gradient.
+        implementation: as of `mhc_torch.streams.read` and `write`.
         **factory: dtype and device of the parameters.
     """
 
@@ -58,10 +60,18 @@ class ConnectionMaps(nn.Module):
     bias: nn.Parameter
 
     def __init__(
-        self, width: int, config: StreamConfig, layer_index: int, branch_names: tuple[str, ...] = (), **factory: Any
+        self,
+        width: int,
+        config: StreamConfig,
+        layer_index: int,
+        branch_names: tuple[str, ...] = (),
+        implementation: Implementation = None,
+        **factory: Any,
     ) -> None:
         super().__init__()
         _check_width(width)
+        check_implementation(implementation)
+        self.implementation = implementation
         self.config = config
         self.layer_index = layer_index
         self.branch_names = branch_names
@@ -114,17 +124,18 @@ class ConnectionMaps(nn.Module):
     ) -> Float[Tensor, "*tokens n C"]:
         """H_res X + H_post^T branch(H_pre X) of the streams X. Further arguments reach the branch."""
         x, post, res = self.read(streams)
-        return write(streams, branch(x, *args, **kwargs), post, res)
+        return write(streams, branch(x, *args, **kwargs), post, res, implementation=self.implementation)
 
     def read(
         self, streams: Float[Tensor, "*tokens n C"]
     ) -> tuple[Float[Tensor, "*tokens C"], Float[Tensor, "*tokens n"], Float[Tensor, "*tokens n n"] | None]:
         """What the branch reads, and H_post and H_res; None is an H_res that mixes nothing."""
-        return read(self.phi, self.alpha, self.bias, streams, self.config)
+        return read(self.phi, self.alpha, self.bias, streams, self.config, implementation=self.implementation)
 
     def connecting(self, branch: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Connected:
         """What `around` does, for `streams.apply_branches`."""
-        return Connected(lambda x: branch(x, *args, **kwargs), self.phi, self.alpha, self.bias, self.config)
+        parameters = self.phi, self.alpha, self.bias
+        return Connected(lambda x: branch(x, *args, **kwargs), *parameters, self.config, self.implementation)
 
     def single_pass(
         self,
@@ -148,7 +159,8 @@ class ConnectionMaps(nn.Module):
         check_single_pass(self.config, True)
         following, post, res = self.token_maps(streams)
         mixing = res if CONSTRAINTS[self.config.constraint].mixes else None
-        return write(streams, branch(collapse(pre, streams), *args, **kwargs), post, mixing), following
+        output = branch(collapse(pre, streams), *args, **kwargs)
+        return write(streams, output, post, mixing, implementation=self.implementation), following
 
     def resting_maps(self) -> Maps:
         """The maps of the bias alone, around which those of the tokens lie: (n,), (n,) and (n, n)."""
@@ -187,6 +199,7 @@ class HyperConnections(ConnectionMaps):
         width: features C of one stream.
         config: all options in one value; keywords, the fields of `StreamConfig`, change single ones.
         layer_index: which wrapped branch of the network this is, counted from 0: sets the stream it reads most.
+        implementation: as of `mhc_torch.streams.read` and `write`.
 
     Attributes:
         phi: (n * width, m) parameter, m = config.logits columns: those of H_pre, H_post, H_res. None if not dynamic.
@@ -194,7 +207,7 @@ class HyperConnections(ConnectionMaps):
         bias: (m,) parameter.
 
     Raises:
-        TypeError, ValueError: as StreamConfig; width is below 1.
+        TypeError, ValueError: as StreamConfig; width is below 1; there is no such implementation.
     """
 
     def __init__(
@@ -204,9 +217,10 @@ class HyperConnections(ConnectionMaps):
         *,
         config: StreamConfig | None = None,
         layer_index: int = 0,
+        implementation: Implementation = None,
         **options: Any,
     ) -> None:
-        super().__init__(width, resolve(DEFAULTS, config, **options), layer_index)
+        super().__init__(width, resolve(DEFAULTS, config, **options), layer_index, implementation=implementation)
         self.branch = branch
 
     def forward(self, streams: Float[Tensor, "*tokens n C"], *args: Any, **kwargs: Any) -> Float[Tensor, "*tokens n C"]:

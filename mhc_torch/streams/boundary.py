@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mhc_torch.following import followed, full_precision
-from mhc_torch.kernels.choice import Implementation, by_kernels
+from mhc_torch.kernels import stream_boundary as kernels
+from mhc_torch.kernels.choice import Implementation
 from mhc_torch.streams import forms, norm
 from mhc_torch.streams.config import StreamConfig
 from mhc_torch.streams.connect import check_single_pass, collapse, fitted, read, write
@@ -55,14 +56,14 @@ def boundary(
         streams, output, post, res: as of `write`: what the branch before read, its output and its maps. A res of None
             is the identity.
         config: of the maps.
-        implementation: "torch" for operations of torch, which None is, too; there are no kernels of it yet.
+        implementation: as of `read`.
 
     Returns:
         The streams X', the input x' of the next branch, and its H_post and H_res, None where it mixes nothing.
 
     Raises:
-        ValueError: if the shapes do not fit each other or the parameters, `config.single_pass` is set, or "triton" is
-            asked for.
+        ValueError: if the shapes do not fit each other or the parameters, `config.single_pass` is set, or "triton"
+            asked for where the kernels cannot run.
         TypeError: if the streams are not of a floating dtype, or cannot hold the output's.
 
     Source: arXiv 2512.24880, section 4.3.1 fuses parts of it.
@@ -88,8 +89,10 @@ def boundary(
             f"post and res must have shapes {(*lead, n)} and {(*lead, n, n)}, got {tuple(post.shape)} and "
             f"{None if res is None else tuple(res.shape)}"
         )
-    if implementation is not None:
-        by_kernels(implementation, (streams, output), (phi, alpha, bias, post, res), unserved="the boundary")
+    if kernels.reads(implementation, phi, alpha, bias, streams, config, output, post, res):
+        assert phi is not None
+        assert alpha is not None
+        return kernels.boundary(phi, alpha, bias, streams, output, post, res, config)
     arguments = phi, alpha, bias, streams, output, post, res, config
     if followed(streams):
         return _written_and_read(*arguments)
@@ -123,8 +126,8 @@ def _written_and_read(
     res: Tensor | None,
     config: StreamConfig,
 ) -> Boundary:
-    new = write(streams, output, post, res)
-    return new, *read(phi, alpha, bias, new, config)
+    new = write(streams, output, post, res, implementation="torch")
+    return new, *read(phi, alpha, bias, new, config, implementation="torch")
 
 
 class _Boundary(torch.autograd.Function):
@@ -270,14 +273,14 @@ def _differentiated_again() -> bool:
 
 def _dynamic(config: StreamConfig, *inputs: Any) -> tuple[Tensor, ...]:
     *old, phi, gate, bias = inputs
-    new = write(*old)
+    new = write(*old, implementation="torch")
     normalized = normalized_logits(new, phi, config)
     return new, collapse(_pre(config, normalized[:, : config.streams], gate, bias), new), normalized
 
 
 def _static(_: None, *inputs: Any) -> tuple[Tensor, ...]:
     *old, pre = inputs
-    new = write(*old)
+    new = write(*old, implementation="torch")
     return new, collapse(pre, new)
 
 

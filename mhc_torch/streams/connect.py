@@ -8,10 +8,12 @@ from torch import Tensor
 
 from mhc_torch.following import followed, full_precision
 from mhc_torch.history.mixing import autocasts
+from mhc_torch.kernels import stream_boundary as kernels
+from mhc_torch.kernels.choice import Implementation
 from mhc_torch.streams import forms
 from mhc_torch.streams.config import StreamConfig
 from mhc_torch.streams.constraints import CONSTRAINTS
-from mhc_torch.streams.maps import maps
+from mhc_torch.streams.maps import check_params, maps
 
 
 class _Collapse(torch.autograd.Function):
@@ -54,14 +56,26 @@ def read(
     bias: Float[Tensor, " m"],
     streams: Float[Tensor, "*tokens n C"],
     config: StreamConfig,
+    *,
+    implementation: Implementation = None,
 ) -> tuple[Float[Tensor, "*tokens C"], Float[Tensor, "*tokens n"], Float[Tensor, "*tokens n n"] | None]:
     """The branch's input H_pre X, and the maps H_post and H_res for `write`; None is an H_res that mixes nothing.
 
+    Args:
+        implementation: "triton" for the kernels of `mhc_torch.kernels.stream_boundary`, for streams whose squares sum
+            up to what float32 holds (below about 1e19); "torch" for operations of torch, of any size; None for the
+            kernels wherever they can run, which is on a GPU.
+
     Raises:
-        ValueError: if `config.single_pass` is set; as `maps`.
+        ValueError: if `config.single_pass` is set; "triton" where the kernels cannot run; as `maps`.
         TypeError: as `maps`.
     """
     check_single_pass(config, False)
+    check_params(phi, bias, streams, config)
+    if kernels.reads(implementation, phi, alpha, bias, streams, config):
+        assert phi is not None
+        assert alpha is not None
+        return kernels.read(phi, alpha, bias, streams, config)
     pre, post, res = maps(phi, alpha, bias, streams, config)
     return collapse(pre, streams), post, res if CONSTRAINTS[config.constraint].mixes else None
 
@@ -80,17 +94,22 @@ def write(
     output: Float[Tensor, "*tokens C"],
     post: Float[Tensor, "*tokens n"],
     res: Float[Tensor, "*tokens n n"] | None,
+    *,
+    implementation: Implementation = None,
 ) -> Float[Tensor, "*tokens n C"]:
     """H_res X + H_post^T y: the streams after a branch whose output is y.
 
     Args:
         res: H_res; None is the identity, which costs nothing.
+        implementation: as of `read`.
 
     Raises:
-        ValueError: if the output has not the shape of one stream.
+        ValueError: if the output has not the shape of one stream; "triton" where the kernels cannot run.
         TypeError: if the streams cannot hold the dtype of the output, as bfloat16 cannot float32; autocast casts it.
     """
     output = fitted(output, streams)
+    if kernels.writes(implementation, streams, output, post, res):
+        return kernels.write(streams, output, post, res)
     n, width = streams.shape[-2:]
     with full_precision(streams):
         if followed(streams):

@@ -13,19 +13,21 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from mhc_torch import _private
+from mhc_torch.kernels.choice import Implementation
 from mhc_torch.streams.boundary import boundary
 from mhc_torch.streams.config import StreamConfig
 from mhc_torch.streams.connect import fitted, read, write
 
 
 class Connected(NamedTuple):
-    """A branch and its connection to the streams: the parameters of its maps, and their options."""
+    """A branch and its connection to the streams: the parameters of its maps, their options, and as of `boundary`."""
 
     branch: Callable[[Tensor], Tensor]
     phi: Tensor | None
     alpha: Tensor | None
     bias: Tensor
     config: StreamConfig
+    implementation: Implementation = None
 
 
 def apply_branches(
@@ -98,7 +100,7 @@ class _Block:
 
     def __init__(self, first: Tensor) -> None:
         self._first = first.detach()
-        self._written: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._written: list[tuple[Tensor, Tensor, Tensor | None, Implementation]] = []
         self._again: dict[int, Tensor] = {}
 
     def keeping(self, latest: Tensor) -> AbstractContextManager[Any]:
@@ -115,17 +117,18 @@ class _Block:
 
         return saved_tensors_hooks(pack, unpack)
 
-    def wrote(self, output: Tensor, post: Tensor, res: Tensor | None) -> None:
+    def wrote(self, output: Tensor, post: Tensor, res: Tensor | None, implementation: Implementation) -> None:
         """What `write` has been given. It is kept for the backward pass anyway, without its graph here."""
-        self._written.append((output.detach(), post.detach(), None if res is None else res.detach()))
+        numbers = output.detach(), post.detach(), None if res is None else res.detach()
+        self._written.append((*numbers, implementation))
 
     @torch.no_grad()
     def _streams(self, index: int) -> Tensor:
         # The last are asked for first. Those before them are made on the way, and wait for their turn.
         if index not in self._again:
             streams = self._first
-            for number, write_of in enumerate(self._written[:index], 1):
-                self._again[number] = streams = write(streams, *write_of)
+            for number, (*numbers, form) in enumerate(self._written[:index], 1):
+                self._again[number] = streams = write(streams, *numbers, implementation=form)
         return self._again.pop(index)
 
 
@@ -134,21 +137,22 @@ def _in_turn(layers: Sequence[Sequence[Connected]]) -> list[Connected]:
 
 
 def _chain(branches: Sequence[Connected], streams: Tensor, block: _Block | None = None) -> Tensor:
-    output = post = res = None
-    for branch, phi, alpha, bias, config in branches:
+    output = post = res = form = None
+    for branch, phi, alpha, bias, config, form in branches:
         if output is None or post is None:
-            x, post, res = read(phi, alpha, bias, streams, config)
+            x, post, res = read(phi, alpha, bias, streams, config, implementation=form)
         else:
-            written = output, post, res
+            written = output, post, res, form
             with _keeping(block, streams):
-                streams, x, post, res = boundary(phi, alpha, bias, streams, output, post, res, config)
+                arguments = streams, output, post, res, config
+                streams, x, post, res = boundary(phi, alpha, bias, *arguments, implementation=form)
             if block is not None:
                 block.wrote(*written)
         output = fitted(branch(x), streams)
     if output is None or post is None:
         return streams
     with _keeping(block, streams):
-        return write(streams, output, post, res)
+        return write(streams, output, post, res, implementation=form)
 
 
 def _keeping(block: _Block | None, latest: Tensor) -> AbstractContextManager[Any]:

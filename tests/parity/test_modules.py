@@ -33,7 +33,7 @@ EXCEPTIONS = {
     "dtype": "torch converts a model by .to()",
     "param_dtype": "as dtype",
     "state_dtype": "as dtype",
-    "implementation": "torch has one implementation",
+    "implementation": "torch has kernels of streams alone",
     "attention": "torch chooses by itself among its forms",
     "policy": "of jax.checkpoint; torch has use_checkpointing",
     "remat": "as policy",
