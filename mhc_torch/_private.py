@@ -21,6 +21,12 @@ NAMES = {
     "torch.autograd.function._SingleLevelFunction": "a Function that seeks no transforms; else: one that does",
     "torch._C._current_graph_task_id": "which backward pass this is; else: no nodes in Python, one edge for each state",
     "torch.autograd.Variable._execution_engine": "to be told when a backward pass ends; else: as above",
+    "torch.nn.Module()._forward_hooks": "what runs with a call of a module; else: something may",
+    "torch.nn.Module()._forward_pre_hooks": "as above",
+    "torch.nn.Module()._backward_hooks": "as above",
+    "torch.nn.Module()._backward_pre_hooks": "as above",
+    "torch.nn.Module._compiled_call_impl": "as above",
+    "torch.nn.modules.module._has_any_global_hook": "as above",
     "clearml.Task._reporter": "an attribute that is made on demand, so that threads find it; else: they make it",
     "comet_ml.Experiment._report_experiment_error": "marks a run as failed; else: it ends as finished",
 }
@@ -58,3 +64,13 @@ def _is_subclass(x: Any) -> bool:
 
 
 holds_tensors: Callable[[Any], bool] = getattr(_python_dispatch, "is_traceable_wrapper_subclass", _is_subclass)
+
+
+_CALLED = [name.rpartition(".")[2] for name in NAMES if name.startswith("torch.nn.Module")]
+_global_hooks: Callable[[], Any] = _find("torch.nn.modules.module._has_any_global_hook", _yes)
+
+
+def calls_more_than_forward(module: torch.nn.Module) -> bool:
+    """Whether a call of the module is more than the forward of its class: hooks, or another function in its place."""
+    own = "forward" in vars(module) or any(getattr(module, name, True) for name in _CALLED)
+    return own or bool(_global_hooks())

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from mhc_torch.history.config import MHCConfig
 from mhc_torch.nn.hyper_connections import ConnectionMaps
 from mhc_torch.nn.skip import MHCSkip
-from mhc_torch.streams import StreamConfig, collapse, expand, reduce, write
-from mhc_torch.streams.constraints import CONSTRAINTS
+from mhc_torch.streams import StreamConfig, expand, reduce, write
 
 States = Float[Tensor, "*tokens n C"]
 State = Float[Tensor, "*tokens C"]
@@ -52,8 +51,7 @@ class BranchMaps(ConnectionMaps):
 
     def forward(self, streams: States) -> tuple[State, Tensor, Tensor | None]:
         """What the branch reads, and H_post and H_res; None is an H_res that mixes nothing."""
-        pre, post, res = self.token_maps(streams)
-        return collapse(pre, streams), post, res if CONSTRAINTS[self.config.constraint].mixes else None
+        return self.read(streams)
 
     def added(self, streams: States, output: State, post: Tensor, res: Tensor | None) -> States:
         """(H_res - 1) X + H_post^T y: what the block adds to the streams X in place of the output y."""

@@ -29,6 +29,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiled programs are kept between runs and shared by the workers.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# Kernels of Triton run on the CPU, by its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 # How Lightning uses jsonargparse is not ours to mend.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")

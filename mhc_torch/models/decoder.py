@@ -1,5 +1,6 @@
 """A decoder-only language model of the Llama and Qwen3 family, with a choice of how its layers are connected."""
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,11 +16,12 @@ from mhc_torch.models.config import DecoderConfig
 from mhc_torch.models.loss import cross_entropy
 from mhc_torch.models.rotary import rotary, rotate
 from mhc_torch.models.sampling import check_sampling, sample
-from mhc_torch.nn.hyper_connections import ConnectionMaps
+from mhc_torch.nn.hyper_connections import ConnectionMaps, through
 from mhc_torch.nn.sequential import tape_of, window_maps
 from mhc_torch.nn.skip import MHCSkip
 from mhc_torch.options import resolve
-from mhc_torch.streams import StreamConfig, expand, reduce
+from mhc_torch.streams import Connected, StreamConfig, expand, reduce
+from mhc_torch.streams.depth import check_block_length
 
 Connection = Literal["residual", "history", "streams"]
 
@@ -126,6 +128,10 @@ class StreamDecoderLayer(DecoderLayer):
     def forward(self, streams: Float[Tensor, "B T n C"], *context: Any) -> Float[Tensor, "B T n C"]:
         return self.ffn_hc.around(self.transform, self.attn_hc.around(self.attend, streams, *context))
 
+    def connected(self, *context: Any) -> list[Connected]:
+        """The branches that a call with this context is a chain of."""
+        return [self.attn_hc.connecting(self.attend, *context), self.ffn_hc.connecting(self.transform)]
+
     def mixed_states(self, streams: Tensor, *_: Any) -> list[Tensor]:
         """The states that a call mixes."""
         return [streams]
@@ -134,8 +140,17 @@ class StreamDecoderLayer(DecoderLayer):
 class DecoderStack(nn.ModuleList):
     """The layers, connected."""
 
-    def __init__(self, config: DecoderConfig, connection: MHCConfig | StreamConfig | None, checkpointing: bool) -> None:
-        self.connection, self.checkpointing = connection, checkpointing
+    def __init__(
+        self,
+        config: DecoderConfig,
+        connection: MHCConfig | StreamConfig | None,
+        checkpointing: bool,
+        block_length: int = 1,
+    ) -> None:
+        check_block_length(block_length)
+        if block_length > 1 and not isinstance(connection, StreamConfig):
+            raise ValueError(f"block_length is of use to connection='streams' alone, got {block_length}")
+        self.connection, self.checkpointing, self.block_length = connection, checkpointing, block_length
         indices = range(config.depth)
         if isinstance(connection, StreamConfig):
             super().__init__(StreamDecoderLayer(config, index, connection) for index in indices)
@@ -149,12 +164,11 @@ class DecoderStack(nn.ModuleList):
     def forward(self, x: States, *context: Any) -> States:
         if isinstance(self.connection, MHCConfig):
             return self._with_history(x, self.connection, *context)
-        streams = isinstance(self.connection, StreamConfig)
-        x = expand(x, self.connection.streams) if isinstance(self.connection, StreamConfig) else x
+        if isinstance(self.connection, StreamConfig):
+            return reduce(self._with_streams(expand(x, self.connection.streams), *context))
         for layer in self:
-            y = self._run(layer, x, *context)
-            x = y if streams else x + y
-        return reduce(x) if streams else x
+            x = x + self._run(layer, x, *context)
+        return x
 
     def residual_maps(self) -> Float[Tensor, "L n n"]:
         """What each layer does to the window of states, or to the streams, without its branches; float64."""
@@ -174,6 +188,15 @@ class DecoderStack(nn.ModuleList):
             states = appended(states, x, *kept)
         return x
 
+    def _with_streams(self, streams: Tensor, *context: Any) -> Tensor:
+        layers = list(self)
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return through(layers, streams, *context, block_length=self.block_length)
+        for start in range(0, len(layers), self.block_length):
+            block = partial(through, layers[start : start + self.block_length], block_length=1)
+            streams = checkpoint(block, streams, *context, use_reentrant=False)
+        return streams
+
     def _run(self, layer: nn.Module, x: Tensor, *context: Any) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, x, *context, use_reentrant=False)
@@ -183,11 +206,17 @@ class DecoderStack(nn.ModuleList):
 class DecoderModel(nn.Module):
     """Embedding, layers and the last norm."""
 
-    def __init__(self, config: DecoderConfig, connection: MHCConfig | StreamConfig | None, checkpointing: bool) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        connection: MHCConfig | StreamConfig | None,
+        checkpointing: bool,
+        block_length: int = 1,
+    ) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocabulary, config.features)
         nn.init.normal_(self.embed_tokens.weight, std=config.features**-0.5)
-        self.layers = DecoderStack(config, connection, checkpointing)
+        self.layers = DecoderStack(config, connection, checkpointing, block_length)
         self.norm = nn.RMSNorm(config.features, eps=config.norm_epsilon)
 
     def forward(self, tokens: Int[Tensor, "B T"], *context: Any) -> Float[Tensor, "B T C"]:
@@ -206,6 +235,8 @@ class Decoder(nn.Module):
             carries n residual streams around both of its branches; or the `MHCConfig` or `StreamConfig` itself.
         options: keywords, the fields of `MHCConfig` or of `StreamConfig`, change single options of the connection.
         use_checkpointing: keep only the states, and compute the inside of each layer again for the gradient.
+        block_length: of how many layers the streams are kept once for the backward pass; see `streams.apply_branches`.
+            With `use_checkpointing` nothing else is kept of so many layers.
 
     Raises:
         ValueError, TypeError: an option is out of range, or belongs to another connection.
@@ -224,13 +255,14 @@ class Decoder(nn.Module):
         connection: Connection | MHCConfig | StreamConfig = "residual",
         *,
         use_checkpointing: bool = False,
+        block_length: int = 1,
         **options: Any,
     ) -> None:
         super().__init__()
         if not isinstance(config, DecoderConfig):
             raise TypeError(f"config must be of type DecoderConfig, got {config!r}")
         self.config = config
-        self.model = DecoderModel(config, as_connection(connection, options), use_checkpointing)
+        self.model = DecoderModel(config, as_connection(connection, options), use_checkpointing, block_length)
         self.lm_head = _linear(config.features, config.vocabulary)
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight

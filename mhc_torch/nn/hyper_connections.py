@@ -2,25 +2,30 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mhc_torch import _private
 from mhc_torch.following import full_precision
+from mhc_torch.kernels.choice import Implementation, check_implementation
 from mhc_torch.monitoring.connection import entropy, shares, whole
 from mhc_torch.options import resolve
 from mhc_torch.streams import (
+    Connected,
     Maps,
     StreamConfig,
+    apply_branches,
     check_streams,
     collapse,
     expand,
     initial_bias,
     maps,
     normalized_logits,
+    read,
     reduce,
     write,
 )
@@ -28,6 +33,7 @@ from mhc_torch.streams.config import DEFAULTS
 from mhc_torch.streams.connect import check_single_pass
 from mhc_torch.streams.constraints import CONSTRAINTS
 from mhc_torch.streams.conventions import Parameters, check_assigned, convention_named
+from mhc_torch.streams.depth import check_block_length
 from mhc_torch.streams.maps import read_weights
 from mhc_torch.streams.starts import STARTS
 
@@ -45,6 +51,7 @@ class ConnectionMaps(nn.Module):
         config: all options of the maps.
         layer_index: which branch of the network this is, counted from 0.
         branch_names: of the modules beside this one that make up the branch, for the norm of its gradient.
+        implementation: as of `mhc_torch.streams.read` and `write`.
         **factory: dtype and device of the parameters.
     """
 
@@ -53,10 +60,18 @@ class ConnectionMaps(nn.Module):
     bias: nn.Parameter
 
     def __init__(
-        self, width: int, config: StreamConfig, layer_index: int, branch_names: tuple[str, ...] = (), **factory: Any
+        self,
+        width: int,
+        config: StreamConfig,
+        layer_index: int,
+        branch_names: tuple[str, ...] = (),
+        implementation: Implementation = None,
+        **factory: Any,
     ) -> None:
         super().__init__()
         _check_width(width)
+        check_implementation(implementation)
+        self.implementation = implementation
         self.config = config
         self.layer_index = layer_index
         self.branch_names = branch_names
@@ -108,10 +123,19 @@ class ConnectionMaps(nn.Module):
         self, branch: Callable[..., Tensor], streams: Float[Tensor, "*tokens n C"], *args: Any, **kwargs: Any
     ) -> Float[Tensor, "*tokens n C"]:
         """H_res X + H_post^T branch(H_pre X) of the streams X. Further arguments reach the branch."""
-        check_single_pass(self.config, False)
-        pre, post, res = self.token_maps(streams)
-        mixing = res if CONSTRAINTS[self.config.constraint].mixes else None
-        return write(streams, branch(collapse(pre, streams), *args, **kwargs), post, mixing)
+        x, post, res = self.read(streams)
+        return write(streams, branch(x, *args, **kwargs), post, res, implementation=self.implementation)
+
+    def read(
+        self, streams: Float[Tensor, "*tokens n C"]
+    ) -> tuple[Float[Tensor, "*tokens C"], Float[Tensor, "*tokens n"], Float[Tensor, "*tokens n n"] | None]:
+        """What the branch reads, and H_post and H_res; None is an H_res that mixes nothing."""
+        return read(self.phi, self.alpha, self.bias, streams, self.config, implementation=self.implementation)
+
+    def connecting(self, branch: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Connected:
+        """What `around` does, for `streams.apply_branches`."""
+        parameters = self.phi, self.alpha, self.bias
+        return Connected(lambda x: branch(x, *args, **kwargs), *parameters, self.config, self.implementation)
 
     def single_pass(
         self,
@@ -135,7 +159,8 @@ class ConnectionMaps(nn.Module):
         check_single_pass(self.config, True)
         following, post, res = self.token_maps(streams)
         mixing = res if CONSTRAINTS[self.config.constraint].mixes else None
-        return write(streams, branch(collapse(pre, streams), *args, **kwargs), post, mixing), following
+        output = branch(collapse(pre, streams), *args, **kwargs)
+        return write(streams, output, post, mixing, implementation=self.implementation), following
 
     def resting_maps(self) -> Maps:
         """The maps of the bias alone, around which those of the tokens lie: (n,), (n,) and (n, n)."""
@@ -174,6 +199,7 @@ class HyperConnections(ConnectionMaps):
         width: features C of one stream.
         config: all options in one value; keywords, the fields of `StreamConfig`, change single ones.
         layer_index: which wrapped branch of the network this is, counted from 0: sets the stream it reads most.
+        implementation: as of `mhc_torch.streams.read` and `write`.
 
     Attributes:
         phi: (n * width, m) parameter, m = config.logits columns: those of H_pre, H_post, H_res. None if not dynamic.
@@ -181,7 +207,7 @@ class HyperConnections(ConnectionMaps):
         bias: (m,) parameter.
 
     Raises:
-        TypeError, ValueError: as StreamConfig; width is below 1.
+        TypeError, ValueError: as StreamConfig; width is below 1; there is no such implementation.
     """
 
     def __init__(
@@ -191,13 +217,18 @@ class HyperConnections(ConnectionMaps):
         *,
         config: StreamConfig | None = None,
         layer_index: int = 0,
+        implementation: Implementation = None,
         **options: Any,
     ) -> None:
-        super().__init__(width, resolve(DEFAULTS, config, **options), layer_index)
+        super().__init__(width, resolve(DEFAULTS, config, **options), layer_index, implementation=implementation)
         self.branch = branch
 
     def forward(self, streams: Float[Tensor, "*tokens n C"], *args: Any, **kwargs: Any) -> Float[Tensor, "*tokens n C"]:
         return self.around(self.branch, streams, *args, **kwargs)
+
+    def connected(self, *args: Any, **kwargs: Any) -> list[Connected]:
+        """The branches that a call with these further arguments is a chain of: its own."""
+        return [self.connecting(self.branch, *args, **kwargs)]
 
     def mixed_states(self, streams: Tensor, *_: Any, **__: Any) -> list[Tensor]:
         """The states that a call mixes."""
@@ -275,24 +306,52 @@ def _assign(module: ConnectionMaps | StreamHead, parameters: Parameters) -> None
         module.get_parameter(name).copy_(torch.from_numpy(np.ascontiguousarray(values)))
 
 
+@runtime_checkable
+class Chained(Protocol):
+    """A layer that is nothing but a chain of branches, each connected to the streams."""
+
+    def connected(self, *args: Any, **kwargs: Any) -> list[Connected]:
+        """The branches that a call with these further arguments is a chain of."""
+
+
 class StreamStack(nn.Module):
     """A network of n streams: expands its input, runs layers of `HyperConnections` in turn, and takes the mean.
+
+    Between two layers that are `Chained`, as `HyperConnections` are, the write of one and the read of the next are one
+    `boundary`. Layers of any other kind are called, and so are those whose call is more than their forward: those with
+    hooks, or of a subclass with a forward of its own.
 
     Args:
         layers: map streams to streams.
         streams: number n of streams, 4 by default.
         config: of the layers, in place of `streams`.
+        block_length: of how many chained layers the streams are kept once for the backward pass; see
+            `streams.apply_branches`.
 
     Raises:
-        TypeError, ValueError: as StreamConfig.
+        TypeError, ValueError: as StreamConfig; block_length is below 1.
+
+    Example:
+        >>> import torch
+        >>> from mhc_torch import HyperConnections, StreamStack
+        >>> stack = StreamStack(HyperConnections(torch.nn.Linear(8, 8), 8, layer_index=i) for i in range(12))
+        >>> stack(torch.ones(2, 8)).shape
+        torch.Size([2, 8])
     """
 
     def __init__(
-        self, layers: Iterable[nn.Module], streams: int | None = None, *, config: StreamConfig | None = None
+        self,
+        layers: Iterable[nn.Module],
+        streams: int | None = None,
+        *,
+        config: StreamConfig | None = None,
+        block_length: int = 1,
     ) -> None:
         super().__init__()
+        check_block_length(block_length)
         self.layers = nn.ModuleList(layers)
         self.streams = resolve(DEFAULTS, config, streams=streams).streams
+        self.block_length = block_length
 
     def residual_maps(self) -> Float[Tensor, "L n n"]:
         """H_res at rest of every branch in turn; float64."""
@@ -302,7 +361,31 @@ class StreamStack(nn.Module):
 
     def forward(self, x: Float[Tensor, "*tokens C"], *args: Any, **kwargs: Any) -> Float[Tensor, "*tokens C"]:
         """The mean of the streams after the last layer. Further arguments reach every layer, the same for all."""
-        wide = expand(x, self.streams)
-        for layer in self.layers:
-            wide = layer(wide, *args, **kwargs)
-        return reduce(wide)
+        return reduce(through(self.layers, expand(x, self.streams), *args, block_length=self.block_length, **kwargs))
+
+
+def through(
+    layers: Iterable[nn.Module],
+    streams: Float[Tensor, "*tokens n C"],
+    *args: Any,
+    block_length: int,
+    **kwargs: Any,
+) -> Float[Tensor, "*tokens n C"]:
+    """The streams after all layers, by boundaries where layers in turn are chains; the others are called."""
+    chain: list[list[Connected]] = []
+    for layer in layers:
+        if _is_chain(type(layer)) and not _private.calls_more_than_forward(layer):
+            chain.append(cast(Chained, layer).connected(*args, **kwargs))
+            continue
+        streams = apply_branches(chain, streams, block_length=block_length)
+        chain = []
+        streams = layer(streams, *args, **kwargs)
+    return apply_branches(chain, streams, block_length=block_length)
+
+
+def _is_chain(layer: type) -> bool:
+    """Whether `connected` tells all that a call does: a subclass with a forward of its own has to tell that anew."""
+    telling, calling = (
+        next((kind for kind in layer.__mro__ if name in vars(kind)), None) for name in ("connected", "forward")
+    )
+    return telling is not None and telling is calling

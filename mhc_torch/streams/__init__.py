@@ -15,17 +15,22 @@ streams to every layer, and the method is off.
 """
 
 from mhc_torch.sinkhorn import sinkhorn
+from mhc_torch.streams.boundary import boundary
 from mhc_torch.streams.config import MAX_STREAMS, StreamConfig
-from mhc_torch.streams.connect import collapse, expand, first_read, reduce, write
+from mhc_torch.streams.connect import collapse, expand, first_read, read, reduce, write
 from mhc_torch.streams.conventions import CONVENTIONS, Convention
+from mhc_torch.streams.depth import Connected, apply_branches, optimal_block_length
 from mhc_torch.streams.maps import Maps, check_streams, initial_bias, maps, normalized_logits
 
 __all__ = [
     "CONVENTIONS",
     "MAX_STREAMS",
+    "Connected",
     "Convention",
     "Maps",
     "StreamConfig",
+    "apply_branches",
+    "boundary",
     "check_streams",
     "collapse",
     "expand",
@@ -33,6 +38,8 @@ __all__ = [
     "initial_bias",
     "maps",
     "normalized_logits",
+    "optimal_block_length",
+    "read",
     "reduce",
     "sinkhorn",
     "write",

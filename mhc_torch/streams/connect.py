@@ -8,7 +8,12 @@ from torch import Tensor
 
 from mhc_torch.following import followed, full_precision
 from mhc_torch.history.mixing import autocasts
+from mhc_torch.kernels import stream_boundary as kernels
+from mhc_torch.kernels.choice import Implementation
+from mhc_torch.streams import forms
 from mhc_torch.streams.config import StreamConfig
+from mhc_torch.streams.constraints import CONSTRAINTS
+from mhc_torch.streams.maps import check_params, maps
 
 
 class _Collapse(torch.autograd.Function):
@@ -17,13 +22,13 @@ class _Collapse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pre: Tensor, streams: Tensor) -> Tensor:
         ctx.save_for_backward(pre, streams)
-        return torch.bmm(pre[:, None], streams.to(pre.dtype))[:, 0].to(streams.dtype)
+        return forms.weighted(pre, streams.to(pre.dtype)).to(streams.dtype)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         pre, streams = ctx.saved_tensors
-        d = cotangent.to(pre.dtype)[:, None]
-        return torch.bmm(d, streams.to(pre.dtype).mT)[:, 0], (pre[..., None] * d).to(streams.dtype)
+        d = cotangent.to(pre.dtype)
+        return forms.inner(d, streams.to(pre.dtype)), (pre[..., None] * d[:, None]).to(streams.dtype)
 
 
 class _Write(torch.autograd.Function):
@@ -31,33 +36,48 @@ class _Write(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, streams: Tensor, output: Tensor, post: Tensor, res: Tensor | None) -> Tensor:
-        mixed = post[..., None] * output.to(post.dtype)[:, None]
-        if res is None:
-            ctx.save_for_backward(None, output, post, None)
-            return mixed.add_(streams).to(streams.dtype)
-        ctx.save_for_backward(streams, output, post, res)
-        return _add_product(mixed, res, streams.to(res.dtype)).to(streams.dtype)
+        ctx.save_for_backward(None if res is None else streams, output, post, res)
+        return forms.merged(streams, output, post, res)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         streams, output, post, res = ctx.saved_tensors
         d = cotangent.to(post.dtype).contiguous()
-        d_output = torch.bmm(post[:, None], d)[:, 0].to(output.dtype)
-        d_post = torch.bmm(output.to(post.dtype)[:, None], d.mT)[:, 0]
+        d_output, d_post = forms.weighted(post, d).to(output.dtype), forms.inner(output.to(post.dtype), d)
         if res is None:
             return cotangent, d_output, d_post, None
-        d_streams = _add_product(torch.zeros_like(d), res.mT, d).to(streams.dtype)
+        d_streams = forms.mixed_back(res, d).to(streams.dtype)
         return d_streams, d_output, d_post, torch.bmm(d, streams.to(res.dtype).mT)
 
 
-def _add_product(total: Tensor, matrices: Tensor, streams: Tensor) -> Tensor:
-    """total + matrices (T, n, n) @ streams (T, n, C), in place of `total`.
+def read(
+    phi: Float[Tensor, "nC m"] | None,
+    alpha: Float[Tensor, "3"] | None,
+    bias: Float[Tensor, " m"],
+    streams: Float[Tensor, "*tokens n C"],
+    config: StreamConfig,
+    *,
+    implementation: Implementation = None,
+) -> tuple[Float[Tensor, "*tokens C"], Float[Tensor, "*tokens n"], Float[Tensor, "*tokens n n"] | None]:
+    """The branch's input H_pre X, and the maps H_post and H_res for `write`; None is an H_res that mixes nothing.
 
-    A sum over streams takes as long as a product of tiny matrices, and a compiler fuses it with what is around.
+    Args:
+        implementation: "triton" for the kernels of `mhc_torch.kernels.stream_boundary`, for streams whose squares sum
+            up to what float32 holds (below about 1e19); "torch" for operations of torch, of any size; None for the
+            kernels wherever they can run, which is on a GPU.
+
+    Raises:
+        ValueError: if `config.single_pass` is set; "triton" where the kernels cannot run; as `maps`.
+        TypeError: as `maps`.
     """
-    for j in range(streams.shape[1]):
-        total.addcmul_(matrices[:, :, j, None], streams[:, j, None])
-    return total
+    check_single_pass(config, False)
+    check_params(phi, bias, streams, config)
+    if kernels.reads(implementation, phi, alpha, bias, streams, config):
+        assert phi is not None
+        assert alpha is not None
+        return kernels.read(phi, alpha, bias, streams, config)
+    pre, post, res = maps(phi, alpha, bias, streams, config)
+    return collapse(pre, streams), post, res if CONSTRAINTS[config.constraint].mixes else None
 
 
 def collapse(pre: Float[Tensor, "*tokens n"], streams: Float[Tensor, "*tokens n C"]) -> Float[Tensor, "*tokens C"]:
@@ -74,27 +94,22 @@ def write(
     output: Float[Tensor, "*tokens C"],
     post: Float[Tensor, "*tokens n"],
     res: Float[Tensor, "*tokens n n"] | None,
+    *,
+    implementation: Implementation = None,
 ) -> Float[Tensor, "*tokens n C"]:
     """H_res X + H_post^T y: the streams after a branch whose output is y.
 
     Args:
         res: H_res; None is the identity, which costs nothing.
+        implementation: as of `read`.
 
     Raises:
-        ValueError: if the output has not the shape of one stream.
+        ValueError: if the output has not the shape of one stream; "triton" where the kernels cannot run.
         TypeError: if the streams cannot hold the dtype of the output, as bfloat16 cannot float32; autocast casts it.
     """
-    expected = (*streams.shape[:-2], streams.shape[-1])
-    if output.shape != expected:
-        raise ValueError(
-            f"the branch must keep the shape of its input {expected}, its output has {tuple(output.shape)}"
-        )
-    if output.dtype != streams.dtype:
-        if torch.promote_types(output.dtype, streams.dtype) != streams.dtype and not autocasts(streams.device.type):
-            raise TypeError(
-                f"the output of the branch must fit into the streams, {streams.dtype}, and has {output.dtype}"
-            )
-        output = output.to(streams.dtype)
+    output = fitted(output, streams)
+    if kernels.writes(implementation, streams, output, post, res):
+        return kernels.write(streams, output, post, res)
     n, width = streams.shape[-2:]
     with full_precision(streams):
         if followed(streams):
@@ -106,6 +121,20 @@ def write(
             streams.reshape(-1, n, width), output.reshape(-1, width), post.reshape(-1, n), mixing
         )
     return result.reshape(streams.shape)
+
+
+def fitted(output: Tensor, streams: Float[Tensor, "*tokens n C"]) -> Float[Tensor, "*tokens C"]:
+    """The output of a branch in the dtype of the streams. Raises as `write`."""
+    expected = (*streams.shape[:-2], streams.shape[-1])
+    if output.shape != expected:
+        raise ValueError(
+            f"the branch must keep the shape of its input {expected}, its output has {tuple(output.shape)}"
+        )
+    if output.dtype == streams.dtype:
+        return output
+    if torch.promote_types(output.dtype, streams.dtype) != streams.dtype and not autocasts(streams.device.type):
+        raise TypeError(f"the output of the branch must fit into the streams, {streams.dtype}, and has {output.dtype}")
+    return output.to(streams.dtype)
 
 
 def check_single_pass(config: StreamConfig, asked: bool) -> None:

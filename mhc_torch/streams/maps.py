@@ -62,21 +62,27 @@ def maps(
         ValueError: if `streams` has not n streams, or its width is not that of phi.
         TypeError: if `streams` is not of a floating dtype.
     """
-    check_streams(phi, streams, config, config.logits)
-    if bias.shape != (config.logits,):
-        raise ValueError(f"bias must have shape {(config.logits,)}, got {tuple(bias.shape)}")
+    check_params(phi, bias, streams, config)
     with full_precision(streams):
         dtype = torch.promote_types(streams.dtype, torch.float32)
         if phi is None or alpha is None:
             pre, post, res = _maps_from_logits(bias.to(dtype), config)
             lead = streams.shape[:-2]
             return Maps(pre.expand(*lead, -1), post.expand(*lead, -1), res.expand(*lead, -1, -1))
-        dynamic = normalized_logits(streams, phi, config)
-        if not CONSTRAINTS[config.constraint].bounded:
-            dynamic = torch.tanh(dynamic)
-        n = config.streams
-        gates = torch.cat([alpha[:1].expand(n), alpha[1:2].expand(n), alpha[2:].expand(config.residual_logits)])
-        return _maps_from_logits(gates.to(dtype) * dynamic + bias.to(dtype), config)
+        return maps_from_normalized(normalized_logits(streams, phi, config), alpha, bias, config)
+
+
+def maps_from_normalized(
+    normalized: Float[Tensor, "*tokens m"],
+    alpha: Float[Tensor, "3"],
+    bias: Float[Tensor, " m"],
+    config: StreamConfig,
+) -> Maps:
+    """The maps of what `normalized_logits` gives, in its dtype."""
+    dynamic = normalized if CONSTRAINTS[config.constraint].bounded else torch.tanh(normalized)
+    n, dtype = config.streams, normalized.dtype
+    gates = torch.cat([alpha[:1].expand(n), alpha[1:2].expand(n), alpha[2:].expand(config.residual_logits)])
+    return _maps_from_logits(gates.to(dtype) * dynamic + bias.to(dtype), config)
 
 
 def _maps_from_logits(logits: Tensor, config: StreamConfig) -> Maps:
@@ -127,6 +133,13 @@ class _Project(torch.autograd.Function):
         d_phi = (d_raw.T @ wide).T
         d_x = (wide * radial).addmm_(d_raw, phi.to(d_raw.dtype).T, beta=-1)
         return (d_x if scale is None else d_x * scale).to(x.dtype), d_phi.to(phi.dtype), None
+
+
+def check_params(phi: Tensor | None, bias: Tensor, streams: Tensor, config: StreamConfig) -> None:
+    """That the parameters of maps fit `streams`. Raises as `maps`."""
+    check_streams(phi, streams, config, config.logits)
+    if bias.shape != (config.logits,):
+        raise ValueError(f"bias must have shape {(config.logits,)}, got {tuple(bias.shape)}")
 
 
 def check_streams(phi: Tensor | None, streams: Tensor, config: StreamConfig, columns: int) -> None:

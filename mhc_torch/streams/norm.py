@@ -1,4 +1,4 @@
-"""1 / rms(x) over the whole range of the dtype, though squares leave it : 1e20 squared is infinite in float32."""
+"""1 / rms(x) for all of a dtype, though squares leave it halfway: 1e20 squared is infinite in float32."""
 
 import math
 from collections.abc import Callable
@@ -21,6 +21,12 @@ def normalizer(x: Tensor, dtype: torch.dtype, epsilon: float) -> tuple[Tensor, T
     wide, scaled_epsilon = scaled(wide, epsilon, scale)
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return wide, torch.rsqrt(norm.square() / x.shape[-1] + scaled_epsilon), scale
+
+
+def inverse_rms(x: Tensor, epsilon: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + epsilon) over the last axis, which stays, of length 1."""
+    _, inverse, scale = normalizer(x, x.dtype, epsilon)
+    return inverse if scale is None else inverse * scale
 
 
 def _fits(norm: Tensor) -> Tensor:

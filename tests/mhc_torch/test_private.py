@@ -22,7 +22,7 @@ def test_no_other_file_names_one():
 
 # torch is imported once, and each name is missing in a child of that process.
 PROGRAM = f"""
-import os, traceback, torch
+import os, traceback, torch, torch.utils.checkpoint
 from torch.autograd import forward_ad, function
 from torch.utils import _python_dispatch
 

@@ -33,7 +33,7 @@ EXCEPTIONS = {
     "dtype": "torch converts a model by .to()",
     "param_dtype": "as dtype",
     "state_dtype": "as dtype",
-    "implementation": "torch has one implementation",
+    "implementation": "torch has kernels of streams alone",
     "attention": "torch chooses by itself among its forms",
     "policy": "of jax.checkpoint; torch has use_checkpointing",
     "remat": "as policy",
@@ -43,7 +43,6 @@ EXCEPTIONS = {
     "make_layer": "a stack of JAX is one scan over equal layers, which it makes; torch takes the layers",
     "depth": "as make_layer",
     "layers": "as make_layer",
-    "block_length": "as make_layer: what the scan keeps",
     "groups": "of torch.nn.Conv2d, for the order of its arguments",
     "dilation": "as groups",
 }
