@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import quality, starts, stream_gain
+from benchmarks import starts, stream_gain
 from benchmarks.accelerators import pages
 from benchmarks.record import RESULTS
 
@@ -147,38 +147,6 @@ def peers(records: Mapping[str, Any]) -> str:
     return "\n".join([*tables, machine(records) + "\n"])
 
 
-def learning(records: Mapping[str, Any], task: str) -> str:
-    """What each connection learned in one task of the quality study: means and standard deviations over seeds."""
-    found = find(records, quality.RESULT.name, "tasks", task)
-    if found is None:
-        return "Not recorded yet.\n"
-
-    def mean(values: Sequence[float], form: str) -> str:
-        return f"{np.mean(values):{form}} ± {np.std(values, ddof=min(1, len(values) - 1)):{form}}"
-
-    def steps(values: Sequence[int | None]) -> str:
-        reached = [value for value in values if value is not None]
-        if not reached:
-            return "never"
-        return f"{np.mean(reached):.0f}" + (f" ({len(reached)} of {len(values)})" if len(reached) < len(values) else "")
-
-    header = ["layers", "connection", f"loss ({found['unit']})", "accuracy", f"steps to {found['target']}"]
-    return markdown(
-        [*header, "gradient norm, layer 0"],
-        [
-            [
-                str(run["depth"]),
-                run["connection"],
-                mean(run["loss"][-1], ".3f"),
-                mean(run["accuracy"], ".1%"),
-                steps(run["steps to target"]),
-                f"{np.mean(run['gradient norm']):.2g}",
-            ]
-            for run in found["runs"]
-        ],
-    )
-
-
 def starts_table(records: Mapping[str, Any]) -> str:
     """What streams learned from each start, over the residual network, and how far their maps have moved."""
     runs = find(records, starts.RESULT.name, "runs")
@@ -195,24 +163,14 @@ def starts_table(records: Mapping[str, Any]) -> str:
     return markdown(["start", "bits per byte, over residual", "H_res moved", "H_pre", "H_post"], rows)
 
 
-def learning_figure(records: Mapping[str, Any]) -> str:
-    if quality.RESULT.name not in records:
-        return "Not recorded yet.\n"
-    shown = "Losses on the way, and gradient norms at layer 0 before training, of every connection"
-    return f"![{shown}](images/{quality.FIGURE.name})\n"
-
-
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "peers": peers,
-    "learning": learning_figure,
-    "digits": partial(learning, task="digits"),
-    "text": partial(learning, task="text"),
     "starts": starts_table,
     "tpu": partial(pages.shown, platform="tpu"),
     "gpu": partial(pages.shown, platform="cuda"),
 }
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("quality", "streams", "performance"))]
-FIGURES = [(quality.draw, quality.RESULT, quality.FIGURE), (stream_gain.draw, stream_gain.RESULT, stream_gain.FIGURE)]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("streams", "performance"))]
+FIGURES = [(stream_gain.draw, stream_gain.RESULT, stream_gain.FIGURE)]
 
 
 def filled(page: str, records: Mapping[str, Any]) -> str:

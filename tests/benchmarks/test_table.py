@@ -47,26 +47,11 @@ def test_a_changed_result_changes_the_page():
 
 def test_what_was_not_recorded_is_shown_as_absent():
     assert table.ABSENT in table.peers({})
-    assert table.learning({}, "digits") == "Not recorded yet.\n"
 
 
 def test_an_unknown_table_is_an_error():
     with pytest.raises(KeyError, match="speed"):
         table.filled("<!-- benchmarks: speed -->\n<!-- /benchmarks -->", RECORDS)
-
-
-def test_steps_that_not_every_seed_reached():
-    run = {
-        "depth": 10,
-        "connection": "residual",
-        "loss": [[1.0, 1.0], [0.25, 0.75]],
-        "accuracy": [0.5, 0.7],
-        "gradient norm": [1.0, 3.0],
-        "steps to target": [10, None],
-    }
-    task = {"unit": "nats", "target": 0.3, "runs": [run]}
-    shown = table.learning({"quality-cpu.json": {"tasks": {"digits": task}}}, "digits")
-    assert "| 10 | residual | 0.500 ± 0.354 | 60.0% ± 14.1% | 10 (1 of 2) | 2 |" in shown
 
 
 def test_quick_runs_leave_the_recorded_results_alone():

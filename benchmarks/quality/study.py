@@ -1,0 +1,133 @@
+"""The study, part by part, as docs/quality.md has it; what is recorded is not run again."""
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from benchmarks.quality.arms import ARMS, DEEP, FIRST, FURTHER, LONG, TWO, cost
+from benchmarks.quality.protocol import FULL, Protocol, Sizes
+from benchmarks.quality.record import Key, Record, of, trains, tuned
+from benchmarks.quality.train import train
+
+
+class OutOfTime(Exception):
+    """No further run is to begin."""
+
+
+class Study:
+    """Runs what a record lacks.
+
+    Args:
+        until: the time of `time.monotonic` after which no run begins.
+    """
+
+    def __init__(self, record: Record, protocol: Protocol, until: float) -> None:
+        self.record, self.protocol, self.until = record, protocol, until
+
+    def run(self, keys: Iterable[Key], sizes: Sizes) -> None:
+        """Runs side by side, two at a time; all are recorded, or none is."""
+        missing = [key for key in keys if key not in self.record.keys]
+        if not missing:
+            return
+        if time.monotonic() > self.until:
+            raise OutOfTime
+
+        def one(key: Key) -> dict[str, Any]:
+            return key._asdict() | train(ARMS[key.arm], sizes, key.seed, key.rate)
+
+        with ThreadPoolExecutor(2) as pool:
+            runs = list(pool.map(one, missing))
+        if missing[0].part == "tuning":  # of these the loss is used alone
+            runs = [{name: run[name] for name in (*Key._fields, "loss")} for run in runs]
+        for run in runs:
+            if run["seed"] and "patterns" in run:  # pictures are of seed 0
+                del run["patterns"]
+            print(f"{run['part']}, {run['arm']}, seed {run['seed']}, rate {run['rate']:g}: {run['loss']}", flush=True)
+        self.record.add(runs)
+
+    def arms(self, names: Iterable[str]) -> None:
+        """Tunes the rate of every arm, and trains it from all seeds."""
+        protocol, content = self.protocol, self.record.content
+        for arm in names:
+            rates = list(protocol.rates)
+            while True:
+                self.run(
+                    [Key("tuning", arm, seed, rate) for rate in rates for seed in protocol.tuning_seeds],
+                    protocol.sizes,
+                )
+                best, inside = tuned(content, arm)
+                if inside:
+                    break
+                rates.append(best / 2 if best == min(rates) else 2 * best)
+            self.run([Key("arms", arm, seed, best) for seed in protocol.seeds], protocol.sizes)
+
+    def depth(self, branches: int) -> None:
+        """The largest learning rate at which deep networks train: factors of 2, up from one that does."""
+        for arm in DEEP:
+            for seed in self.protocol.deep_seeds:
+                self._largest_rate(f"{branches} branches", arm, seed, self.protocol.deep[branches])
+
+    def _largest_rate(self, part: str, arm: str, seed: int, sizes: Sizes) -> None:
+        def learns(rate: float) -> bool:
+            self.run([Key(part, arm, seed, rate)], sizes)
+            (run,) = (run for run in of(self.record.content, part, arm, rate) if run["seed"] == seed)
+            return trains(self.record.content, run)
+
+        first = self.protocol.deep_rate
+        exponent = 0
+        if learns(first):
+            while exponent < 8 and learns(first * 2 ** (exponent + 1)):
+                exponent += 1
+        else:
+            while exponent > -4 and not learns(first * 2 ** (exponent - 1)):
+                exponent -= 1
+
+    def long(self) -> None:
+        """Whether differences last: the arms at their tuned rates, for more steps."""
+        for arm in LONG:
+            rate, _ = tuned(self.record.content, arm)
+            self.run([Key("long", arm, seed, rate) for seed in self.protocol.long_seeds], self.protocol.long)
+
+    def costs(self) -> None:
+        for name, arm in ARMS.items():
+            if name not in self.record.content["costs"]:
+                self.record.add_cost(name, cost(arm, self.protocol.sizes))
+
+
+PARTS: dict[str, Callable[[Study], None]] = {
+    "first": lambda study: study.arms(FIRST),
+    "depth 100": lambda study: study.depth(100),
+    "further": lambda study: study.arms(FURTHER),
+    "two": lambda study: study.arms(TWO),
+    "depth 200": lambda study: study.depth(200),
+    "long": Study.long,
+    "costs": Study.costs,
+}
+
+
+def study(record: Record, protocol: Protocol, parts: Iterable[str], until: float) -> None:
+    """Runs the parts in order, until the time is over."""
+    work = Study(record, protocol, until)
+    try:
+        for part in parts:
+            PARTS[part](work)
+    except OutOfTime:
+        print("out of time: the next call goes on from here")
+
+
+def differences(record: Record, arm: str, seed: int, protocol: Protocol = FULL) -> list[str]:
+    """What comes out otherwise than recorded as a run of the part "arms" is done again from nothing.
+
+    Raises:
+        ValueError: it is not recorded.
+    """
+    recorded = next((run for run in of(record.content, "arms", arm) if run["seed"] == seed), None)
+    if recorded is None:
+        raise ValueError(f"no run of {arm!r} from seed {seed} is recorded in {record.path}")
+    again = train(ARMS[arm], protocol.sizes, seed, recorded["rate"])
+    return [
+        f"{name}: recorded {recorded[name]}, now {again[name]}"
+        for name in again
+        if name in recorded and again[name] != recorded[name]
+    ]
