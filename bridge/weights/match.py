@@ -231,7 +231,9 @@ class _Matcher:
                 case rules.Leaf():
                     self._leaf(ours, theirs, place, entry)
                 case rules.Child():
-                    self.modules(ours, submodule(jax, entry.jax), theirs, torch.get_submodule(name), place)
+                    # What only one side has is reported with its leaves, what neither has is none of this pair's.
+                    if ours in self.parents["jax"] and theirs in self.parents["torch"]:
+                        self.modules(ours, submodule(jax, entry.jax), theirs, torch.get_submodule(name), place)
                 case rules.Zero():
                     self._zero("jax" if entry.jax else "torch", ours if entry.jax else theirs, entry.why)
                 case rules.Refused():

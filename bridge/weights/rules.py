@@ -245,11 +245,6 @@ def trial(proposed: Mapping[tuple[type, type], Rule]) -> Iterator[None]:
         _rules.update(kept)
 
 
-def knows(jax_type: type) -> bool:
-    """Whether there is a rule of this type or of one of its bases."""
-    return any(ours in jax_type.__mro__ for ours, _ in _rules)
-
-
 def declare(jax_type: type, torch_type: type, rule: Rule) -> None:
     """As `register`, of a rule that stands."""
     _rules[jax_type, torch_type] = rule

@@ -471,8 +471,8 @@ class _Search:
                 except ValueError:
                     return 0
             return 3
-        if rules.knows(type(one.thing)) and not isinstance(one.thing, JAX_LISTS):
-            return 0
+        if type(one.thing).__module__.startswith("flax.") and not isinstance(one.thing, JAX_LISTS):
+            return 0  # whose layouts only a rule can tell
         if self._stacked(one, other):
             return 2
         if isinstance(one.thing, JAX_LISTS) != isinstance(other.thing, TORCH_LISTS):

@@ -161,3 +161,19 @@ def test_two_of_one_framework_are_a_type_error():
     theirs = torch.optim.Adam(torch_model.parameters())
     with pytest.raises(TypeError, match="Adam"):
         bridge.convert_optimizer(theirs, theirs, jax_model, torch_model)
+
+
+def test_a_second_bias_that_is_trained_has_no_moments_in_jax():
+    """Flax has one bias where torch has two; frozen, as bridge.fold_biases leaves it, the second one needs none."""
+    cell = nn.LSTMCell(3, 2)
+    ours = nnx.OptimizedLSTMCell(3, 2, rngs=nnx.Rngs(0))
+    state = optax.adam(1e-3).init(nnx.state(ours, nnx.Param))
+    optimizer = torch.optim.Adam(cell.parameters())
+    with pytest.raises(ValueError, match=r"torch bias_hh is trained, .*bridge.fold_biases freezes it"):
+        bridge.convert_optimizer(optimizer, state, ours, cell)
+    bridge.fold_biases(cell)
+    cell(torch.ones(1, 3))[0].sum().backward()
+    optimizer.step()
+    new = bridge.convert_optimizer(optimizer, state, ours, cell)
+    moment = optimizer.state[cell.bias_ih]["exp_avg"]
+    np.testing.assert_array_equal(new[0].mu["dense_h"]["bias"][...], moment)
