@@ -260,8 +260,18 @@ def _sources(reader: Reader, leaves: Mapping[str, Any], ignored: set[str], path:
     left = [name for name in reader.specs if name not in leaves and name not in ignored]
     problems += [f"{name}, {reader.specs[name]}, is in the file only" for name in left]
     if problems:
+        here = "jax" if any(isinstance(leaf, nnx.Variable) for leaf in leaves.values()) else "torch"
+        there = "torch" if here == "jax" else "jax"
+        if any(name.rpartition(".")[2] in _USUAL[there] for name in left):
+            problems.insert(
+                0, f'its names look like those of {there}: bridge.convert_file(..., to="{here}") makes ours'
+            )
         raise ValueError(f"{path} does not fit the model:\n" + "\n".join(f"  {problem}" for problem in problems))
     return names
+
+
+# What the layers of one framework call their arrays, and those of the other do not.
+_USUAL = {"jax": ("kernel", "embedding", "scale"), "torch": ("weight", "running_mean", "running_var")}
 
 
 def _own(array: np.ndarray) -> np.ndarray:

@@ -292,3 +292,31 @@ def test_an_error_says_which_side_was_called_with_what() -> None:
     with pytest.raises(TypeError) as caught:
         called(inputs=bridge.Inputs(np.ones((2, 4), np.float32), wrong=1))
     assert caught.value.__notes__ == ["jax_model was called with [0] float32[2, 4], ['wrong'] 1"]
+    with pytest.raises(RuntimeError) as caught:
+        called(torch_inputs={"pair": {"x": np.ones((2, 3), np.float32), "mask": np.ones(4, bool)}})
+    (note,) = caught.value.__notes__
+    assert note.startswith("torch_model was called with ['pair.x'] float32[2, 3]")
+    assert note.endswith(", and failed in fc (Linear)")
+
+
+class _Unpullable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("no way back")
+
+
+def test_an_error_on_the_way_back_says_which_layer() -> None:
+    class Linear(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            return y if y.dtype == torch.float64 else _Unpullable.apply(y)
+
+    jax_model, torch_model = pairs.chain()
+    torch_model.blocks[1].fc1.__class__ = Linear
+    with pytest.raises(RuntimeError, match="no way back") as caught:
+        bridge.verify(jax_model, torch_model, **pairs.inputs(pairs.chain), training=False)
+    assert "torch blocks.1.fc1 or jax blocks.1.fc1 was run alone" in caught.value.__notes__[-1]
