@@ -264,7 +264,8 @@ def _arrays(source: str, seed: int) -> Any:
 
 def _line(error: Any) -> str:
     """A message with its notes on one line, however many problems it lists."""
-    lines = [*str(error).splitlines(), *getattr(error, "__notes__", [])]
+    notes = [note for note in getattr(error, "__notes__", []) if "\n" not in note]  # JAX has one of several lines
+    lines = [*str(error).splitlines(), *notes]
     first, *others = [line.strip() for line in lines] or [type(error).__name__]
     shown = [first, *others[:3]] + [f"and {len(others) - 3} more"] * (len(others) > 3)
     return " ".join(shown[:1]) + (" " + "; ".join(shown[1:]) if others else "")

@@ -14,6 +14,8 @@ from flax import nnx
 from torch import nn
 
 import bridge
+from bridge.proof.metrics import compare
+from bridge.proof.report import Row
 from tests.bridge import pairs
 
 
@@ -186,6 +188,22 @@ def test_report_as_table_json_and_page(tmp_path) -> None:
     assert "SNR dB" not in str(report)
     assert len(report.table(full=True).splitlines()) == len(report.rows) + 2
     assert "SNR dB" in report.table(full=True)
+
+
+def test_a_report_of_fifty_layers_reads_in_a_terminal() -> None:
+    figures = compare(np.zeros(2), np.ones(2))
+    rows = [
+        Row("layer value", f"blocks.{i}", f"blocks.{i}", (2,), "float32", figures, i < 10, f"wrong {i}; tolerance 8·x")
+        for i in range(50)
+    ]
+    faults = {f"blocks.{i}": "wrong" for i in (10, 11)}
+    text = str(bridge.Report({"seed": 0}, rows, faults)).splitlines()
+    assert text[:4] == ["seed: 0", "", "FAULT in blocks.10: wrong", "FAULT in blocks.11: wrong"]
+    assert text[-1] == "DIFFERENT: 40 of 50 comparisons fail"
+    assert len(text) < 40
+    assert text[5].split()[-1] == "why"
+    assert text[7].endswith("DIFFERENT  wrong 10")
+    assert "and 20 more that fail" in text[-3]
 
 
 def test_outputs_that_are_nan_in_both_are_no_proof():
