@@ -107,7 +107,9 @@ class Layers:
         around = around_ends(self.torch)
         self.open = {path for path in self.pairs if self.torch.get_submodule(path) in around}
         self._record(jax_call, torch_call)
-        self.batch_norms = BatchNorms(self.jax, self.torch, self.pairs.values(), self.torch_calls)
+        self.batch_norms = BatchNorms(
+            self.jax, self.torch, [*self.pairs.values(), *self.stacked.values()], self.torch_calls
+        )
         self._compare()
 
     def _record(self, jax_call: Call, torch_call: Call) -> None:

@@ -87,6 +87,38 @@ def test_a_fault_in_one_layer_of_a_stack_of_any_class_is_named(kinds) -> None:
     assert list(bridge.verify(jax_model, torch_model, X, training=False).faults) == ["blocks.1.fc"]
 
 
+class JaxNormed(nnx.Module):
+    def __init__(self) -> None:
+        make = nnx.vmap(lambda rngs: nnx.BatchNorm(8, momentum=0.9, epsilon=1e-5, rngs=rngs), in_axes=0)
+        self.blocks = make(nnx.Rngs(0).split(2))
+
+    def __call__(self, x):
+        return nnx.scan(lambda norm, x: x + jnp.tanh(norm(x)), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(
+            self.blocks, x
+        )
+
+
+class TorchNormed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.BatchNorm1d(8) for _ in range(2))
+
+    def forward(self, x):
+        for norm in self.blocks:
+            x = x + torch.tanh(norm(x))
+        return x
+
+
+def test_variances_of_batch_norms_in_a_stack_are_compared_by_one_convention() -> None:
+    bridge.register(JaxNormed, TorchNormed, bridge.Child("blocks", "blocks.*"))
+    jax_model = JaxNormed()
+    torch_model = bridge.convert(jax_model, TorchNormed())
+    report = bridge.verify(jax_model, torch_model, X[0], steps=1)
+    assert report.verdict == "EQUAL", str(report)
+    torch_model.blocks[1].momentum = 0.11
+    assert list(bridge.verify(jax_model, torch_model, X[0], training=False).faults) == ["blocks.1"]
+
+
 def test_without_a_rule_for_a_stack_the_error_has_it(own_rules) -> None:
     rules._rules.pop((JaxScanned, TorchChain))
     hint = 'bridge.register(JaxScanned, TorchChain, bridge.Child("blocks", "blocks.*"))'
