@@ -9,8 +9,9 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from flax import nnx
@@ -46,14 +47,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.command(options)
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"error: {_line(error)}", file=sys.stderr)
-        return 2
-    except Exception:  # of the models' own code, most likely: it helps to see where
-        traceback.print_exc()
-        return 2
+    except Exception as error:  # of the models' own code, most likely: it helps to see where
+        print(f"error: {type(error).__name__} at {_place(error)}: {_line(error)}", file=sys.stderr)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; {self.prog} --help shows what is right\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m bridge",
         description=__doc__,
         epilog=_EXAMPLES,
@@ -207,17 +214,35 @@ def _made(name: str) -> Any:
             raise FileNotFoundError(f"there is no file {module_name}")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        with _named(module_name):
+            spec.loader.exec_module(module)
     else:
         sys.path.insert(0, "")
-        module = importlib.import_module(module_name)
+        with _named(module_name):
+            module = importlib.import_module(module_name)
     make: Callable[[], Any] | None = getattr(module, function, None)
-    if make is None:
-        raise ValueError(f"{module_name} has no {function!r}")
-    try:
+    if not callable(make):
+        raise ValueError(f"{module_name} has no function {function!r}")
+    with _named(name):
         return make()
-    except Exception as error:
-        raise ValueError(f"{name} raised {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """What somebody's file raises, or how it ends the process, is an error of that file."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{source} raised {type(error).__name__}: {error} (at {_place(error)})") from error
+
+
+def _place(error: BaseException) -> str:
+    """File and line of the innermost step that is none of the frameworks' own."""
+    steps = [step for step in traceback.extract_tb(error.__traceback__) if Path(step.filename).exists()]
+    here = Path(__file__).parent
+    own = [s for s in steps if "site-packages" not in s.filename and here not in Path(s.filename).parents]
+    step = (own or steps)[-1]
+    return f"{step.filename}:{step.lineno}"
 
 
 def _arrays(source: str, seed: int) -> Any:
@@ -239,7 +264,8 @@ def _arrays(source: str, seed: int) -> Any:
 
 def _line(error: Any) -> str:
     """A message with its notes on one line, however many problems it lists."""
-    lines = [*str(error).splitlines(), *getattr(error, "__notes__", [])]
+    notes = [note for note in getattr(error, "__notes__", []) if "\n" not in note]  # JAX has one of several lines
+    lines = [*str(error).splitlines(), *notes]
     first, *others = [line.strip() for line in lines] or [type(error).__name__]
     shown = [first, *others[:3]] + [f"and {len(others) - 3} more"] * (len(others) > 3)
     return " ".join(shown[:1]) + (" " + "; ".join(shown[1:]) if others else "")

@@ -1,6 +1,8 @@
 """What a model is called with, as users give it."""
 
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +71,28 @@ def describe(call: Call) -> str:
     for name, leaf in _named(call):
         texts.append(f"{name} {leaf.dtype}{list(leaf.shape)}" if is_array(leaf) else f"{name} {leaf!r:.40}")
     return ", ".join(texts)
+
+
+@contextmanager
+def noted(side: str, call: Call, places: Mapping[int, str]) -> Iterator[None]:
+    """The models raise what they like: it helps to know which, in which layer, and what it was given.
+
+    Args:
+        places: id of each module of the model -> its path.
+    """
+    try:
+        yield
+    except Exception as error:
+        frames = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+        inside = [module for module in frames if places.get(id(module))]
+        where = f", and failed in {places[id(inside[-1])]} ({type(inside[-1]).__name__})" if inside else ""
+        error.add_note(f"{side} was called with {describe(call)}{where}")
+        raise
+
+
+def dotted(path: Iterable[Any]) -> str:
+    """The path of an nnx module, as `nnx.iter_modules` has it, as a dotted name."""
+    return ".".join(map(str, path))
 
 
 def _named(call: Call) -> list[tuple[str, Any]]:

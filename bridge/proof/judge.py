@@ -23,6 +23,7 @@ nothing is proved. So sensitivity never hides more than a millionth, whatever th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -36,6 +37,8 @@ from bridge.proof.report import Row
 _CONFIDENCE = 8.0
 _ROUNDED = 4.0
 CEILING = 1e-6
+# Layouts that nothing but the values tells are looked for among arrays of so many axes, and must leave so little over.
+_AXES, _ALIKE = 5, 0.03
 
 T = TypeVar("T")
 
@@ -53,6 +56,38 @@ def layout(jax_value: np.ndarray, torch_value: np.ndarray) -> Layout | None:
     if jax_value.ndim > 2 and CHANNELS[0](jax_value).shape == torch_value.shape:
         options.append(CHANNELS)
     return min(options, key=lambda o: float(difference(o[0](jax_value), torch_value).sum()), default=None)
+
+
+def arranged(jax_value: np.ndarray, torch_value: np.ndarray) -> Layout | None:
+    """The same for what goes between layers, whose axes may also be merged or in another order: heads, channels.
+
+    Where only that fits the shapes, the values have to show it, and to show one way only.
+    """
+    found = layout(jax_value, torch_value)
+    if found or jax_value.size != torch_value.size or max(jax_value.ndim, torch_value.ndim) > _AXES:
+        return found
+    options = [_permuted(order, jax_value.shape, torch_value.shape) for order in _orders(jax_value)]
+    options += [(b, a) for a, b in (_permuted(o, torch_value.shape, jax_value.shape) for o in _orders(torch_value))]
+    places, allowed = np.arange(jax_value.size).reshape(jax_value.shape), _ALIKE * norm(torch_value)
+    fitting = {
+        turn(places).tobytes(): (turn, back)
+        for turn, back in options
+        if norm(difference(turn(jax_value), torch_value)) <= allowed
+    }
+    return fitting.popitem()[1] if len(fitting) == 1 else None
+
+
+def _orders(array: np.ndarray) -> list[tuple[int, ...]]:
+    return list(permutations(range(array.ndim)))
+
+
+def _permuted(order: Sequence[int], shape: Sequence[int], other: Sequence[int]) -> Layout:
+    """An array of one shape with its axes in this order, as one of the other shape, and back."""
+    inner, back = [shape[i] for i in order], np.argsort(order)
+    return (
+        lambda array: array.transpose(order).reshape(other),
+        lambda array: array.reshape(inner).transpose(back),
+    )
 
 
 @dataclass
@@ -189,6 +224,11 @@ def item(of: Callable[[T], Any], key: Any) -> Callable[[T], np.ndarray]:
 def largest(array: np.ndarray) -> float:
     """Largest magnitude in an array, 0 if it is empty."""
     return float(np.max(np.abs(array), initial=0.0))
+
+
+def norm(array: np.ndarray) -> float:
+    """Euclidean length of an array."""
+    return float(np.linalg.norm(array.astype(np.float64)))
 
 
 def reduction(module: torch.nn.Module, inputs: Sequence[np.ndarray]) -> int:

@@ -14,7 +14,20 @@ from flax import nnx
 from bridge.proof.batch_norm import BatchNorms
 from bridge.proof.exact_jax import Lift
 from bridge.proof.exact_torch import Exact
-from bridge.proof.judge import AS_IT_IS, Layout, Runs, Values, epsilon, item, judge, largest, layout, reduction, share
+from bridge.proof.inputs import describe
+from bridge.proof.judge import (
+    AS_IT_IS,
+    Layout,
+    Runs,
+    Values,
+    arranged,
+    epsilon,
+    item,
+    judge,
+    largest,
+    reduction,
+    share,
+)
 from bridge.proof.metrics import difference
 from bridge.proof.objective import torch_names
 from bridge.proof.record import (
@@ -38,7 +51,7 @@ from bridge.proof.record import (
 )
 from bridge.proof.report import Row
 from bridge.proof.trees import double, floats, is_float, named_floats
-from bridge.proof.unroll import unrolled
+from bridge.proof.unroll import taken, unrolled
 from bridge.weights.arrays import to_numpy, to_torch
 from bridge.weights.leaves import join, submodule
 from bridge.weights.match import Link, ModulePair, match
@@ -54,7 +67,8 @@ class Layers:
     Attributes:
         rows: every comparison: "layer value" is free-running, "layer alone" is teacher-forced.
         faults: torch path of each module where a difference is born -> what is wrong.
-        notes: what could not be compared.
+        alone: torch path of each module that was not run alone -> why.
+        called: how many modules were called.
         eps: precision of the coarsest dtype in which both sides compute.
         reference_eps: precision that the float64 runs really had, where a step of them could not be lifted.
         unlifted: what could not be lifted.
@@ -79,6 +93,7 @@ class Layers:
         found = match(self.jax, self.torch, own=True)
         self.links = found.links
         self.pairs = {pair.torch: pair for pair in reversed(found.modules) if not pair.index}
+        self.stacked = {pair.torch: pair for pair in reversed(found.modules) if pair.torch not in self.pairs}
         # A value may come from coarser ones.
         self.eps = max((epsilon(p.dtype) for p in self.torch.parameters()), default=0.0)
         self.reference_eps = 0.0
@@ -86,18 +101,19 @@ class Layers:
         self.rng, self.seed = np.random.default_rng(seed), seed
         self.rows: list[Row] = []
         self.faults: dict[str, str] = {}
-        self.notes: list[str] = []
-        self.alone: dict[str, str] = {}  # why a layer was not run alone
+        self.alone: dict[str, str] = {}
         others = called_otherwise(self.torch)
         self.plain = {path for path in self.pairs if self.torch.get_submodule(path) in others}
         around = around_ends(self.torch)
         self.open = {path for path in self.pairs if self.torch.get_submodule(path) in around}
         self._record(jax_call, torch_call)
-        self.batch_norms = BatchNorms(self.jax, self.torch, self.pairs.values(), self.torch_calls)
+        self.batch_norms = BatchNorms(
+            self.jax, self.torch, [*self.pairs.values(), *self.stacked.values()], self.torch_calls
+        )
         self._compare()
 
     def _record(self, jax_call: Call, torch_call: Call) -> None:
-        paths, keys = {path: pair.jax for path, pair in self.pairs.items()}, list(self.pairs)
+        paths, keys = {path: pair.jax for path, pair in self.pairs.items()}, [*self.pairs, *self.stacked]
         ours = record_jax(self.jax, paths, jax_call)
         theirs = record_torch(self.torch, keys, torch_call)
         _same_twice("jax_model", ours.calls, record_jax(_reseeded(self.jax), paths, jax_call).calls, self.jax, paths)
@@ -114,6 +130,7 @@ class Layers:
             return seen(record_torch(noise.model if noise else self.torch64, keys, doubles, exact, noise))
 
         self.jax_calls, self.torch_calls = ours, theirs
+        self.called = len(theirs.calls.keys() | ours.calls.keys())
         self.runs = self._exact(jax_run, torch_run)
         self.runs.jax, self.runs.torch = seen(ours), seen(theirs)
 
@@ -133,7 +150,8 @@ class Layers:
                     what = row.path.removeprefix(path).lstrip(".")
                     failed.setdefault(path, f"{row.check.removeprefix('layer alone: ')} {what}: {row.why}")
         for path, _, _, index in calls:
-            self._free(path, index)
+            if path in self.pairs:
+                self._free(path, index)
         for path, text in failed.items():
             if not any(other != path and _below(other, path) for other in failed):
                 self.faults[path] = text + self._place(path)
@@ -144,16 +162,31 @@ class Layers:
             ((call.left, path, i) for path, calls in self.torch_calls.calls.items() for i, call in enumerate(calls))
         )
         for path in self.pairs:
-            name = path or "the model"
             on_jax, on_torch = (len(r.calls.get(path, [])) for r in (self.jax_calls, self.torch_calls))
             if path in self.jax_calls.traced:
-                self.notes.append(f"{name} runs inside a JAX transformation and is judged as part of what calls it")
+                self.alone[path] = "it runs inside a JAX transformation"
             elif on_jax != on_torch:
-                self.notes.append(f"{name} is called {on_jax} times by JAX and {on_torch} times by torch")
+                self.alone[path] = f"it is called {on_jax} times by JAX and {on_torch} times by torch"
         for _, path, i in order:
-            jax_calls = self.jax_calls.calls.get(path, [])
-            if i < len(jax_calls):
-                yield path, jax_calls[i], self.torch_calls.calls[path][i], i
+            torch_call, jax_calls = self.torch_calls.calls[path][i], self.jax_calls.calls.get(path, [])
+            if path in self.stacked:
+                if (called := self._inside(self.stacked[path], torch_call)) is not None:
+                    yield path, called, torch_call, i
+            elif i < len(jax_calls):
+                yield path, jax_calls[i], torch_call, i
+
+    def _inside(self, pair: ModulePair, torch_call: Call) -> Call | None:
+        """A call of one layer of a stack, which JAX calls inside a transformation, with what torch calls it with."""
+        try:
+            given = torch_call.map(lambda x: jax.numpy.asarray(to_numpy(x)))
+            given.output = taken(self.jax, pair)(*given.args, **given.kwargs)
+        except Exception as error:
+            text = str(error).partition("\n")[0]
+            self.alone[pair.torch] = (
+                f"it runs inside a JAX transformation, and cannot be called as torch calls it: {text:.80}"
+            )
+            return None
+        return given
 
     def _seen(self, path: str, index: int, coming_in: bool) -> list[Values]:
         """Arrays of one call as every free run saw them: those that went in, or those that came out."""
@@ -168,7 +201,10 @@ class Layers:
         def pick(name: str) -> Callable[[Seen], np.ndarray]:
             return lambda calls: calls[path][index][0 if coming_in else 1][name]
 
-        found = [self.runs.values(pick(j), pick(t)) for j, t in zip(ours, theirs, strict=True)]
+        found = []
+        for j, t in zip(ours, theirs, strict=True):
+            how = arranged(pick(j)(self.runs.jax64), pick(t)(self.runs.torch64))
+            found.append(self.runs.values(pick(j), pick(t), how))
         return found if all(v.jax64.shape == v.torch64.shape for v in found) else []
 
     def _free(self, path: str, index: int) -> None:
@@ -180,9 +216,12 @@ class Layers:
                 )
             )
 
+    def _pair(self, path: str) -> ModulePair:
+        return self.pairs.get(path) or self.stacked[path]
+
     def _alone(self, path: str, jax_call: Call, torch_call: Call) -> Iterator[Row]:
         """One layer forward and back, both sides on the JAX side's input and one cotangent."""
-        pair = self.pairs[path]
+        pair = self._pair(path)
         if path in self.open:
             self.alone[path] = "a branch of the block around it begins or ends in it"
             return
@@ -204,6 +243,12 @@ class Layers:
         except NoReferenceError as error:
             self.alone[path] = str(error)
             return
+        except Exception as error:
+            error.add_note(
+                f"torch {path or 'model'} or jax {pair.jax or 'model'} was run alone, forward and back, with "
+                f"{describe(jax_call)} (jax), {describe(torch_call)} (torch)"
+            )
+            raise
         yield from self._judge_alone(pair, runs, given, cotangents, into, out)
 
     def _pulls(
@@ -223,9 +268,10 @@ class Layers:
         doubles = [double(x) for x in given]
         torch_doubles = [how[0](x) for how, x in zip(into, doubles, strict=True)]
         alone = pair.torch in self.plain
-        module, wide = submodule(self.jax, pair.jax), submodule(self.jax64, pair.jax)
+        module = taken(self.jax, pair)
         plain = pull_program(module, jax_call, given, cotangents, names[0])
         with jax.enable_x64(True):
+            wide = taken(self.jax64, pair)
             exactly = pull_program(wide, jax_call, doubles, [double(c) for c in cotangents], names[0])
 
         def jax_run(lift: Lift) -> Pull:
@@ -350,7 +396,7 @@ def _layouts(jax_values: Sequence[np.ndarray], torch_values: Sequence[np.ndarray
     """The layout of each array, if they correspond one to one."""
     if len(jax_values) != len(torch_values):
         return None
-    found = [layout(a, b) for a, b in zip(jax_values, torch_values, strict=True)]
+    found = [arranged(a, b) for a, b in zip(jax_values, torch_values, strict=True)]
     return None if None in found else [how for how in found if how]
 
 
@@ -395,6 +441,10 @@ def _links_below(links: Sequence[Link], pair: ModulePair) -> Iterator[Link]:
         if _below(link.jax.path, pair.jax) and _below(link.torch.path, pair.torch):
             yield replace(
                 link,
-                jax=replace(link.jax, path=link.jax.path.removeprefix(pair.jax).lstrip(".")),
+                jax=replace(
+                    link.jax,
+                    path=link.jax.path.removeprefix(pair.jax).lstrip("."),
+                    index=link.jax.index[len(pair.index) :],
+                ),
                 torch=replace(link.torch, path=link.torch.path.removeprefix(pair.torch).lstrip(".")),
             )

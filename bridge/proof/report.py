@@ -97,22 +97,33 @@ class Report:
         return self.ok
 
     def __str__(self) -> str:
-        return "\n".join([*self._head(), "", self.table(), "", *self._verdict()])
+        *found, verdict = self._verdict()
+        return "\n".join([*self._head(), "", *found, "", self.table(), "", verdict])
 
     def table(self, full: bool = False) -> str:
-        """Every row with all its figures; by default rows that fail and, of each check, the one closest to failing."""
+        """Every row with all its figures; by default those that fail, and of other checks the closest to it.
+
+        Of the rows that fail, or prove nothing, the first twenty are shown.
+        """
         checks = {row.check: sum(other.check == row.check for other in self.rows) for row in self.rows}
-        shown = self.rows if full else []
-        for check in () if full else checks:
-            rows = [row for row in self.rows if row.check == check]
-            shown += [row for row in rows if not (row.ok and row.proved)] or [max(rows, key=Row.strain)]
-        lines = [("of", *_COLUMNS), *((str(checks[row.check]), *_cells(row)) for row in shown)]
+        shown, more = self.rows, 0
+        if not full:
+            wrong = sorted((row for row in self.rows if not (row.ok and row.proved)), key=lambda row: row.ok)
+            fine = [[row for row in self.rows if row.check == check and row.ok and row.proved] for check in checks]
+            told = {row.check for row in wrong}
+            shown = wrong[:_FAILING] + [
+                max(rows, key=Row.strain) for rows in fine if rows and rows[0].check not in told
+            ]
+            more = len(wrong[_FAILING:])
+        lines = [("of", *_COLUMNS), *((str(checks[row.check]), *_cells(row, full)) for row in shown)]
         if not full:
             kept = [i for i, name in enumerate(lines[0]) if name in _SHORT]
             lines = [tuple(line[i] for i in kept) for line in lines]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         texts = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        return "\n".join([texts[0], "  ".join("-" * w for w in widths), *texts[1:]])
+        rule = "  ".join("-" * width for width in widths[:-1])  # the last column is text
+        rest = [f"and {more} more that fail or prove nothing: table(full=True) has them"] if more else []
+        return "\n".join([texts[0], rule, *texts[1:], *rest])
 
     def _head(self) -> list[str]:
         return [f"{name}: {value}" for name, value in self.header.items()]
@@ -149,9 +160,22 @@ class Report:
 
 _COLUMNS = (
     *("check", "path", "shape", "dtype", "max abs", "at", "jax", "torch", "max rel", "p99", "ulp", "ulp p99"),
-    *("cosine", "SNR dB", "NaN", "inf", "jax-f64", "torch-f64", "allowed", "f64-f64", "allowed f64", "verdict"),
+    *("cosine", "SNR dB", "NaN", "inf", "jax-f64", "torch-f64", "allowed", "f64-f64", "allowed f64", "verdict", "why"),
 )
-_SHORT = ("of", "check", "path", "max abs", "jax-f64", "torch-f64", "allowed", "f64-f64", "allowed f64", "verdict")
+_SHORT = (
+    "of",
+    "check",
+    "path",
+    "max abs",
+    "jax-f64",
+    "torch-f64",
+    "allowed",
+    "f64-f64",
+    "allowed f64",
+    "verdict",
+    "why",
+)
+_FAILING = 20  # rows of them in a table that is not full
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -172,13 +196,14 @@ tr.bad {{ background: #fdd }}
 """
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, full: bool = True) -> tuple[str, ...]:
     f = row.figures
+    wrong = row.why.partition("; tolerance")[0] if not (row.ok and row.proved) else ""
     cells: tuple[Any, ...] = (
         *(row.check, row.path or ".", "x".join(map(str, row.shape)) or "()", row.dtype),
         *(f.max_abs, str(list(f.index)), f.a, f.b, f.max_rel, f.p99, f.ulp_max, f.ulp_p99, f"{f.cosine:.7f}"),
         *(f.snr_db, f"{f.nan[0]}/{f.nan[1]}", f"{f.inf[0]}/{f.inf[1]}", row.jax_error, row.torch_error),
-        *(row.tolerance, row.float64_gap, row.float64_tolerance, _word(row)),
+        *(row.tolerance, row.float64_gap, row.float64_tolerance, _word(row), row.why if full else wrong),
     )
     return tuple(f"{cell:.3g}" if isinstance(cell, int | float) else cell for cell in cells)
 

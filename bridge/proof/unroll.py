@@ -1,8 +1,12 @@
-"""A scanned stack as the chain of its layers, so that each of them can be watched and run alone."""
+"""The layers of a stack one by one, so that each of them can be watched and run alone."""
 
 from typing import Any
 
+import jax
 from flax import nnx
+
+from bridge.weights.leaves import jax_leaves, submodule, value
+from bridge.weights.match import ModulePair
 
 
 def unrolled(model: nnx.Module) -> nnx.Module:
@@ -21,3 +25,20 @@ def _unroll(node: Any) -> Any:
             if isinstance(child, nnx.Module):
                 setattr(node, name, _unroll(child))
     return node
+
+
+def taken(model: nnx.Module, pair: ModulePair) -> nnx.Module:
+    """The JAX module of a pair; of a stack, whatever class scans or maps it, a copy of the one layer that is meant."""
+    module = submodule(model, pair.jax)
+    if not pair.index:
+        return module
+    sizes = {tuple(value(leaf).shape[: len(pair.index)]) for leaf in jax_leaves(module).values()}
+    if len(sizes) > 1:
+        raise ValueError(f"its arrays are stacked to different lengths: {sorted(sizes)}")
+    length = next(iter(sizes), ())
+    graph, state = nnx.split(module)
+
+    def layer(array: Any) -> Any:  # of a random stream there may be one for all
+        return array[pair.index] if tuple(array.shape[: len(pair.index)]) == length else array
+
+    return nnx.merge(graph, jax.tree.map(layer, state), copy=True)

@@ -3,8 +3,7 @@
 import copy
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from flax import nnx
 
 from bridge.proof.exact_jax import Lift
-from bridge.proof.inputs import call_of, describe
+from bridge.proof.inputs import call_of, dotted, noted
 from bridge.proof.judge import AS_IT_IS, CEILING, Runs, Values, item, judge, largest, layout, reduction, share
 from bridge.proof.layers import Layers, exact_runs
 from bridge.proof.metrics import compare, difference, kl_divergence, top_k_agreement
@@ -157,8 +156,7 @@ class _Verification:
                 self.eps, self.reference_eps = max(self.eps, layers.eps), layers.reference_eps
                 self.batch_norms, self.unlifted = layers.batch_norms, self.unlifted | layers.unlifted
                 self.faults = layers.faults | self.faults
-                alone |= layers.alone
-                self.notes += [note for note in layers.notes if note not in self.notes]
+                alone, called = alone | layers.alone, layers.called
             if steps is not None:
                 self.training(loss, optimizer, steps)
         except NoReferenceError as error:
@@ -176,7 +174,7 @@ class _Verification:
             )
         header = {**header, "reference": reference}
         if alone:
-            header["layers not run alone"] = "; ".join(f"{path or 'the model'}: {why}" for path, why in alone.items())
+            header["layers not run alone"] = f"{len(alone)} of {called}: {_grouped(alone)}"
         return Report(header, self.rows, self.faults, self.notes, self.unproved, self.logits)
 
     def outputs(self, names: Mapping[str, str] | None) -> None:
@@ -314,22 +312,14 @@ class _Verification:
     def _results(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The floating-point results of both models by name."""
         given = self.jax_call.map(jnp.asarray)
-        with _noted("jax_model", self.jax_call):
-            ours = named_floats(nnx.clone(self.jax_model)(*given.args, **given.kwargs))
+        jax_model, torch_model = nnx.clone(self.jax_model), copy.deepcopy(self.torch_model)
+        with noted("jax_model", self.jax_call, {id(m): dotted(p) for p, m in nnx.iter_modules(jax_model)}):
+            ours = named_floats(jax_model(*given.args, **given.kwargs))
         device = device_of(self.torch_model)
         given = self.torch_call.map(lambda x: to_torch(x).to(device))
-        with _noted("torch_model", self.torch_call), torch.no_grad():
-            return ours, named_floats(copy.deepcopy(self.torch_model)(*given.args, **given.kwargs))
-
-
-@contextmanager
-def _noted(side: str, call: Call) -> Iterator[None]:
-    """The models raise what they like: it helps to know which, and what it was given."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"{side} was called with {describe(call)}")
-        raise
+        places = {id(m): p for p, m in torch_model.named_modules()}
+        with noted("torch_model", self.torch_call, places), torch.no_grad():
+            return ours, named_floats(torch_model(*given.args, **given.kwargs))
 
 
 def _paired(ours: list[str], theirs: list[str]) -> dict[str, str]:
@@ -343,6 +333,18 @@ def _paired(ours: list[str], theirs: list[str]) -> dict[str, str]:
             f"({_listed(theirs)}): say which correspond, outputs={{jax name: torch name}}"
         )
     return dict(zip(ours, theirs, strict=True))
+
+
+def _grouped(reasons: dict[str, str]) -> str:
+    """Each reason once, with the first of the modules it holds for."""
+    groups: dict[str, list[str]] = {}
+    for path, why in reasons.items():
+        groups.setdefault(why, []).append(path or "the model")
+    texts = []
+    for why, paths in groups.items():
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        texts.append(f"{', '.join(paths[:3])}{more}: {why}")
+    return "; ".join(texts)
 
 
 def _listed(names: Any) -> str:

@@ -91,7 +91,7 @@ def load(path: str | os.PathLike[str], model: Any = None, *, dtype: Dtypes = "eq
         leaves = _leaves(model)
         if isinstance(model, nn.Module):  # parameters that take their shape from the file, if it has them
             leaves |= {name: p for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)}
-        names = _sources(reader, leaves, _ignored(model), path, dtype)
+        names = _sources(reader, leaves, _ignored(model), path, dtype, _hint(reader.specs, leaves, model))
         arrays = {name: reader.read(source) for name, source in names.items()}
         if isinstance(model, nn.Module):
             model.load_state_dict({name: borrow(array) for name, array in arrays.items()})
@@ -239,7 +239,9 @@ def _ignored(model: nnx.Module | nn.Module) -> set[str]:
     return jax_transients(model) if isinstance(model, nnx.Module) else set()
 
 
-def _sources(reader: Reader, leaves: Mapping[str, Any], ignored: set[str], path: Any, dtype: Dtypes) -> dict[str, str]:
+def _sources(
+    reader: Reader, leaves: Mapping[str, Any], ignored: set[str], path: Any, dtype: Dtypes, hint: str = ""
+) -> dict[str, str]:
     """name of each leaf -> the name under which the file has it, which for a tied leaf may be that of its twin.
 
     Raises:
@@ -262,8 +264,17 @@ def _sources(reader: Reader, leaves: Mapping[str, Any], ignored: set[str], path:
     left = [name for name in reader.specs if name not in leaves and name not in ignored]
     problems += [f"{name}, {reader.specs[name]}, is in the file only" for name in left]
     if problems:
-        raise ValueError(f"{path} does not fit the model:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise ValueError(f"{path} does not fit the model{hint}:\n" + "\n".join(f"  {problem}" for problem in problems))
     return names
+
+
+def _hint(names: Iterable[str], leaves: Mapping[str, Any], model: Any) -> str:
+    """What helps if a file has names that a model has not, as layers of the other framework have them."""
+    ours, theirs = ("jax", "torch") if isinstance(model, nnx.Module) else ("torch", "jax")
+    usual = {"jax": ("kernel", "embedding", "scale"), "torch": ("weight", "running_mean", "running_var")}[theirs]
+    if not any(name.rpartition(".")[2] in usual for name in names if name not in leaves):
+        return ""
+    return f', for its names look like those of {theirs} (bridge.convert_file(..., to="{ours}") translates)'
 
 
 def _own(array: np.ndarray) -> np.ndarray:

@@ -137,7 +137,8 @@ def match(
     problems = [*matcher.problems, *matcher.untied(untie), *matcher.uncovered()]
     if problems:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-        raise ValueError(f"the models do not correspond, {count}:\n" + "\n".join(f"  {p}" for p in problems))
+        lines = [f"the models do not correspond, {count}:", *matcher.hints, *problems]
+        raise ValueError("\n  ".join(lines))
     return matcher.match
 
 
@@ -163,6 +164,7 @@ class _Matcher:
         self.dtype, self.own = dtype, own
         self.arrays: dict[str, Mapping[str, Any]] = {"jax": {p: value(leaf) for p, leaf in jax.items()}, "torch": torch}
         self.problems: list[str] = []
+        self.hints: list[str] = []
         self.expected: dict[str, str] = {}  # where a leaf without a counterpart would have had it
         self.excused: set[str] = set()  # leaves that a rule declares to have none
         self.parents = {side: _prefixes(leaves) for side, leaves in (("jax", jax), ("torch", torch))}
@@ -192,7 +194,14 @@ class _Matcher:
         renamed = {entry.jax.split(".")[0] for entry in entries}
         for name, node in jax_items(jax):
             if name not in renamed:
-                self._node(join(jax_path, name), node, join(torch_path, name), getattr(torch, name, None), index)
+                other = getattr(torch, name, None)
+                if _may_be_stacked(node, other):
+                    types = f"{type(jax).__name__}, {type(torch).__name__}"
+                    self.hints.append(
+                        f"if jax {join(jax_path, name)} is a stack that JAX scans, and torch {join(torch_path, name)} "
+                        f'the list of its layers: bridge.register({types}, bridge.Child("{name}", "{name}.*"))'
+                    )
+                self._node(join(jax_path, name), node, join(torch_path, name), other, index)
 
     def _lists(self, jax_path: str, jax: Any, torch_path: str, torch: Any, index: tuple[int, ...]) -> None:
         """Pairs the entries of two lists in order, passing over those that hold no leaf."""
@@ -308,6 +317,12 @@ class _Matcher:
 
     def _identity(self, side: str, slot: Slot) -> tuple:
         return id(getattr(self.match, side)[slot.path]), slot.index, slot.rows
+
+
+def _may_be_stacked(jax: Any, torch: Any) -> bool:
+    """Whether one module stands where the other side has a list of them, and no rule says how."""
+    one = isinstance(jax, nnx.Module) and not isinstance(jax, _JAX_LISTS)
+    return one and isinstance(torch, _TORCH_LISTS) and rules.find(type(jax), type(torch)) is None
 
 
 def _prefixes(paths: Mapping[str, Any]) -> set[str]:

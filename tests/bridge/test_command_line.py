@@ -15,6 +15,7 @@ import bridge
 from bridge import __main__ as command_line
 
 MODELS = """
+import numpy
 import torch
 from flax import nnx
 
@@ -37,12 +38,27 @@ class Fails(torch.nn.Sequential):
 def fails():
     return Fails(*torch_model())
 
+def leaves():
+    raise SystemExit(1)
+
+def jax_tokens():
+    return nnx.Embed(5, 3, rngs=nnx.Rngs(0))
+
+def torch_tokens():
+    return bridge.convert(jax_tokens(), torch.nn.Embedding(5, 3))
+
+def out_of_range():
+    return numpy.array([[1, 7]])
+
+no_function = 3
+
 def jax_drop():
     return nnx.Sequential(nnx.Linear(8, 3, rngs=nnx.Rngs(0)), nnx.Dropout(0.1, rngs=nnx.Rngs(0)))
 
 def torch_drop():
     return bridge.convert(jax_drop(), torch.nn.Sequential(torch.nn.Linear(8, 3), torch.nn.Dropout(0.5)))
 """
+MODELS_OF = ("models.py:jax_model", "models.py:torch_model")
 PAIR = ("--jax", "models.py:jax_model", "--torch", "models.py:torch_model")
 
 
@@ -105,10 +121,29 @@ def test_convert_the_format_only(run):
         (("convert", "torch.pt", "x.pt", "--to", "torch", *PAIR), "does not fit the model: .*; and 5 more"),
         (("verify", "models:jax_model", "nothing:f", "--inputs", "4x8"), "No module named 'nothing'"),
         (("verify", "nothing.py:f", "models.py:torch_model", "--inputs", "4x8"), "no file nothing.py"),
-        (("verify", "models.py:f", "models.py:torch_model", "--inputs", "4x8"), "models.py has no 'f'"),
+        (("verify", "models.py:f", "models.py:torch_model", "--inputs", "4x8"), "models.py has no function 'f'"),
         (("verify", "models.py:broken", "models.py:torch_model", "--inputs", "4x8"), "broken raised KeyError"),
         (("verify", *["models.py:torch_model"] * 2, "--inputs", "4x8"), "must return a flax.*Module"),
         (("verify", "jax_model", "models.py:torch_model", "--inputs", "4x8"), "does not name a model"),
+        (("verify", *MODELS_OF, "--inputs", "4x8", "--steps", "-1"), "steps must not be negative"),
+        (("verify", *MODELS_OF, "--inputs", "4x8", "--seed", "-1"), "non-negative"),
+        (("verify", *MODELS_OF, "--inputs", "4x8", "--outputs", "a"), "'a' is not of the form JAX=TORCH"),
+        (("verify", *MODELS_OF, "--inputs", "4x8", "--jax-weights", "torch.pt"), r"convert_file\(..., to=\"jax\"\)"),
+        (("verify", *MODELS_OF, "--inputs", "no.npy"), "neither a file nor shapes"),
+        (("verify", *MODELS_OF, "--inputs", "models.py:no_function"), "has no function 'no_function'"),
+        (
+            ("verify", *MODELS_OF, "--inputs", "4x7"),
+            r"called with \[0\] float32\[4, 7\], and failed in layers.0",
+        ),
+        (("verify", "models.py:leaves", "models.py:torch_model", "--inputs", "4x8"), "leaves raised SystemExit"),
+        (
+            ("verify", "models.py:jax_model", "models.py:fails", "--inputs", "4x8"),
+            r"RuntimeError at .*models.py:\d+: no kernel torch_model was called with \[0\] float32\[4, 8\]",
+        ),
+        (
+            *[("verify", "models.py:jax_tokens", "models.py:torch_tokens", "--inputs", "models.py:out_of_range")],
+            "index out of range.*torch_model was called with .*int64",
+        ),
     ],
 )
 def test_an_error_is_one_clear_line(run, arguments, message):
@@ -119,11 +154,13 @@ def test_an_error_is_one_clear_line(run, arguments, message):
     assert sorted(path.name for path in Path().iterdir() if path.name != "__pycache__") == before
 
 
-def test_a_model_that_fails_is_no_difference(run):
-    status, _, errors = run("verify", "models.py:jax_model", "models.py:fails", "--inputs", "4x8")
-    assert status == 2
-    assert "RuntimeError: no kernel" in errors
-    assert "torch_model was called with [0] float32[4, 8]" in errors
+@pytest.mark.parametrize("arguments", [("inspect",), ("verify", "--inputs"), ("convert", "a", "b", "--to", "numpy")])
+def test_wrong_usage_is_one_line_too(run, capsys, arguments):
+    with pytest.raises(SystemExit, match="2"):
+        run(*arguments)
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
 
 
 @pytest.mark.filterwarnings("default")  # the command prints them

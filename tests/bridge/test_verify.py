@@ -14,6 +14,8 @@ from flax import nnx
 from torch import nn
 
 import bridge
+from bridge.proof.metrics import compare
+from bridge.proof.report import Row
 from tests.bridge import pairs
 
 
@@ -188,6 +190,22 @@ def test_report_as_table_json_and_page(tmp_path) -> None:
     assert "SNR dB" in report.table(full=True)
 
 
+def test_a_report_of_fifty_layers_reads_in_a_terminal() -> None:
+    figures = compare(np.zeros(2), np.ones(2))
+    rows = [
+        Row("layer value", f"blocks.{i}", f"blocks.{i}", (2,), "float32", figures, i < 10, f"wrong {i}; tolerance 8·x")
+        for i in range(50)
+    ]
+    faults = {f"blocks.{i}": "wrong" for i in (10, 11)}
+    text = str(bridge.Report({"seed": 0}, rows, faults)).splitlines()
+    assert text[:4] == ["seed: 0", "", "FAULT in blocks.10: wrong", "FAULT in blocks.11: wrong"]
+    assert text[-1] == "DIFFERENT: 40 of 50 comparisons fail"
+    assert len(text) < 40
+    assert text[5].split()[-1] == "why"
+    assert text[7].endswith("DIFFERENT  wrong 10")
+    assert "and 20 more that fail" in text[-3]
+
+
 def test_outputs_that_are_nan_in_both_are_no_proof():
     jax_model, torch_model = pairs.chain()
     torch_model.head.bias.data[0] = torch.nan
@@ -292,3 +310,31 @@ def test_an_error_says_which_side_was_called_with_what() -> None:
     with pytest.raises(TypeError) as caught:
         called(inputs=bridge.Inputs(np.ones((2, 4), np.float32), wrong=1))
     assert caught.value.__notes__ == ["jax_model was called with [0] float32[2, 4], ['wrong'] 1"]
+    with pytest.raises(RuntimeError) as caught:
+        called(torch_inputs={"pair": {"x": np.ones((2, 3), np.float32), "mask": np.ones(4, bool)}})
+    (note,) = caught.value.__notes__
+    assert note.startswith("torch_model was called with ['pair.x'] float32[2, 3]")
+    assert note.endswith(", and failed in fc (Linear)")
+
+
+class _Unpullable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("no way back")
+
+
+def test_an_error_on_the_way_back_says_which_layer() -> None:
+    class Linear(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            return y if y.dtype == torch.float64 else _Unpullable.apply(y)
+
+    jax_model, torch_model = pairs.chain()
+    torch_model.blocks[1].fc1.__class__ = Linear
+    with pytest.raises(RuntimeError, match="no way back") as caught:
+        bridge.verify(jax_model, torch_model, **pairs.inputs(pairs.chain), training=False)
+    assert "torch blocks.1.fc1 or jax blocks.1.fc1 was run alone" in caught.value.__notes__[-1]
