@@ -321,8 +321,8 @@ class _Matcher:
 
 def _may_be_stacked(jax: Any, torch: Any) -> bool:
     """Whether one module stands where the other side has a list of them, and no rule says how."""
-    one = isinstance(jax, nnx.Module) and not isinstance(jax, _JAX_LISTS)
-    return one and isinstance(torch, _TORCH_LISTS) and rules.find(type(jax), type(torch)) is None
+    one = isinstance(jax, nnx.Module) and not isinstance(jax, JAX_LISTS)
+    return one and isinstance(torch, TORCH_LISTS) and rules.find(type(jax), type(torch)) is None
 
 
 def _prefixes(paths: Mapping[str, Any]) -> set[str]:

@@ -93,12 +93,26 @@ def as_bytes(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
+class Checksum:
+    """CRC-32 of the name, the dtype, the shape and the values in C order; its text is eight hexadecimal digits."""
+
+    def __init__(self, name: str, spec: Spec) -> None:
+        self._crc = zlib.crc32(f"{name} {spec}".encode())
+
+    def add(self, block: memoryview | bytes) -> None:
+        """Goes on with the values that follow."""
+        self._crc = zlib.crc32(block, self._crc)
+
+    def __str__(self) -> str:
+        return f"{self._crc:08x}"
+
+
 def checksum(name: str, spec: Spec, values: Iterable[memoryview | bytes]) -> str:
-    """CRC-32 of the name, the dtype, the shape and the values in C order, as eight hexadecimal digits."""
-    crc = zlib.crc32(f"{name} {spec}".encode())
+    """The text of the `Checksum` of all these values."""
+    found = Checksum(name, spec)
     for block in values:
-        crc = zlib.crc32(block, crc)
-    return f"{crc:08x}"
+        found.add(block)
+    return str(found)
 
 
 def check(path: Path, name: str, spec: Spec, values: Iterable[memoryview], expected: str | None) -> None:

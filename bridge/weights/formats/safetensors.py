@@ -6,6 +6,7 @@ import os
 import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from io import BufferedRandom, FileIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bridge.weights.arrays import assign, numpy_dtype
-from bridge.weights.formats.base import MAX_HEADER, Piece, Reader, Spec, as_bytes, check, checksum, parse_json
+from bridge.weights.formats.base import MAX_HEADER, Checksum, Piece, Reader, Spec, as_bytes, check, checksum, parse_json
 from bridge.weights.formats.replacing import replacing
 
 _CHUNK = 1 << 24  # bytes; bounds what the writer holds beside the array that it was given
@@ -113,17 +114,24 @@ def write_safetensors(path: Path, specs: Mapping[str, Spec], pieces: Iterable[Pi
     # The checksums are known last but stand first: the header is written twice, the same length both times.
     draft = header(dict.fromkeys(order, "0" * 8))
     data = 8 + len(draft)
-    with replacing(path) as new, new.open("w+b") as file:
+    checksums: dict[str, str] = {}
+    # A checksum takes as long as writing does: of a tensor that comes whole, another thread makes it meanwhile.
+    with replacing(path) as new, new.open("w+b") as file, ThreadPoolExecutor(1) as beside:
         _reserve(file, data + (ends[-1] if ends else 0))
         for name, start, values in pieces:
             file.seek(data + offsets[name] + start * values.itemsize)
+            found = Checksum(name, specs[name]) if values.nbytes == specs[name].nbytes else None
             for block in _blocks(values):
+                summed = beside.submit(found.add, as_bytes(block)) if found else None
                 file.write(as_bytes(block))
-            del values, block  # or they would be held while the next array is read
-        file.seek(data)  # in this order, the tensors follow upon each other
+                if summed:
+                    summed.result()
+            if found:
+                checksums[name] = str(found)
+            del values, block, summed  # or they would be held while the next array is read
         buffer = memoryview(bytearray(_CACHED))
-        checksums = {}
-        for name in order:
+        for name in [name for name in order if name not in checksums]:
+            file.seek(data + offsets[name])
             parts = (buffer[: specs[name].nbytes - start] for start in range(0, specs[name].nbytes, _CACHED))
             checksums[name] = checksum(name, specs[name], _filled(file, parts))
         file.seek(0)
