@@ -25,7 +25,7 @@ FEATURES = 64  # of a step, with up to 4 streams: a thread has 8 of each array
 HELD = 4  # streams whose maps, and sums for their derivatives, stay in registers; of more they are in the cache
 
 PARAMETER_TOKENS, PARAMETER_FEATURES = 64, 32  # of a step and of a program
-PARAMETER_OPTIONS = {"num_warps": 4, "num_stages": 3}
+PARAMETER_OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 
 # The interpreter multiplies numbers of bfloat16 as if their bits were whole numbers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -60,8 +60,11 @@ def constants(n: int, width: int, itemsize: int, mixes: bool, writes: bool, m: i
 
 
 def options(n: int) -> dict[str, int]:
-    """How the kernels of a boundary are compiled. Two steps of phi of many streams would fill the shared memory."""
-    return {"num_warps": 8, "num_stages": 2 if n <= HELD else 1}
+    """How the kernels of a boundary are compiled. Two steps of phi of many streams would fill the shared memory.
+
+    Products and sums are fused, which versions of Triton differ in by default.
+    """
+    return {"num_warps": 8, "num_stages": 2 if n <= HELD else 1, "enable_fp_fusion": True}
 
 
 def parameter_programs(features: int) -> int:
