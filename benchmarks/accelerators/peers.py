@@ -225,7 +225,7 @@ def _ours(
         programs = boundary.parameter_programs(n * width)
         constants = boundary.parameter_constants(n, m) | {"features": n * width}
         arrays = {"new": ("bf16", wide)} | projected | {"alpha": parameters["alpha"]} | logits | own
-        options = boundary.PARAMETER_OPTIONS
+        options = boundary.parameter_options(n)
         launches.append(launch("boundary", "parameters_backward", programs, arrays, constants, options))
     return launches
 

@@ -250,7 +250,7 @@ def _backward(
                 (packed[0] if output is None else new, raw, inverse_rms, packed[5], d_logits, d_phi, d_alpha, d_bias),
                 (tokens, n * width),
                 triton_boundary.parameter_constants(n, m),
-                triton_boundary.PARAMETER_OPTIONS,
+                triton_boundary.parameter_options(n),
             )
     return results
 

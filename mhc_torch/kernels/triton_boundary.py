@@ -25,7 +25,6 @@ FEATURES = 64  # of a step, with up to 4 streams: a thread has 8 of each array
 HELD = 4  # streams whose maps, and sums for their derivatives, stay in registers; of more they are in the cache
 
 PARAMETER_TOKENS, PARAMETER_FEATURES = 64, 32  # of a step and of a program
-PARAMETER_OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 
 # The interpreter multiplies numbers of bfloat16 as if their bits were whole numbers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -74,7 +73,15 @@ def parameter_programs(features: int) -> int:
 
 def parameter_constants(n: int, m: int) -> dict[str, Any]:
     """What their kernel is compiled for."""
-    return {"n": n, "m": m, "TOKENS": PARAMETER_TOKENS, "FEATURES": PARAMETER_FEATURES, "COLUMNS": _columns(m)}
+    columns = _columns(m)
+    # The step has at most the logits of that many tokens of 4 streams, or it would fill the shared memory.
+    tokens = max(16, min(PARAMETER_TOKENS, 32 * PARAMETER_TOKENS // columns))
+    return {"n": n, "m": m, "TOKENS": tokens, "FEATURES": PARAMETER_FEATURES, "COLUMNS": columns}
+
+
+def parameter_options(n: int) -> dict[str, int]:
+    """How it is compiled."""
+    return {"num_warps": 4 if n <= HELD else 8, "num_stages": 3 if n <= HELD else 1, "enable_fp_fusion": True}
 
 
 def _columns(m: int) -> int:
