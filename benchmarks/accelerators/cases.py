@@ -120,6 +120,15 @@ def write(n: int, width: int, implementation: streams.Implementation, scale: flo
     return _forward_or_backward(call, (_tokens(n, width), _tokens(width), *maps), backward)
 
 
+def boundary(n: int, width: int, implementation: streams.Implementation, scale: float, *, backward: bool) -> Program:
+    """The write of one branch and the read of the next, or the derivatives of all arguments."""
+    config = streams.StreamConfig(n)
+    params = jax.eval_shape(lambda: streams.init_params(config, width))
+    call = partial(streams.boundary, config=config, implementation=implementation)
+    maps = _tokens(n, dtype=jnp.float32), _tokens(n, n, dtype=jnp.float32)
+    return _forward_or_backward(call, (params, _tokens(n, width), _tokens(width), *maps), backward)
+
+
 def _tokens(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((STREAM_TOKENS, *shape), dtype)
 
@@ -237,6 +246,12 @@ def _cases() -> Iterator[tuple[str, Case]]:
                 rest: dict[str, Any] = {"quick": quick, "peers": peers(work, STREAM_TOKENS, n, width)}
                 name = f"streams, {work}, n={n}, C={width}"
                 yield name, _beside(ways, partial(other, n, width, backward=backward), n, rest)
+        for backward in (False, True) if whole else (False,):
+            work = f"boundary{', backward' if backward else ''}"
+            ways = {str(way): partial(boundary, n, width, way, backward=backward) for way in WAYS}
+            least = STREAM_TOKENS * 2 * width * ((3 * n + 3) if backward else (2 * n + 2))
+            rest = {"least": least, "quick": quick, "peers": peers(work, STREAM_TOKENS, n, width)}
+            yield f"streams, {work}, n={n}, C={width}", Case(ways, **rest)
         rest = {"least": least_of_layers(n, width), "quick": quick}
         if whole:
             ways = {str(way): partial(layers, n, width, way) for way in WAYS}

@@ -15,6 +15,8 @@ WORK = {
     "read, backward": "its derivative",
     "write": "write",
     "write, backward": "its derivative",
+    "boundary": "boundary",
+    "boundary, backward": "its derivative",
     "4 layers, forward and backward": "4 layers, both ways",
     "a stack of 4 layers, forward and backward": "a stack of 4, both ways",
 }
@@ -24,6 +26,7 @@ NAMES = {
     "maxtext": "MaxText",
     "liger": "Liger",
     "transformer_engine": "TransformerEngine",
+    "mhc_torch": "Triton, `mhc_torch`",
 }
 
 

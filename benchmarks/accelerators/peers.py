@@ -1,7 +1,8 @@
-"""Kernels of other projects for GPUs, compiled as their packages have them, for the shapes of ours.
+"""Kernels in Triton: those of other projects, as their packages have them, and of `mhc_torch`, for the lab's shapes.
 
-A peer is an entry of `PEERS`: what it launches for the work of one of the lab's cases. Only kernels that touch the
-streams are listed: gates and Sinkhorn, which both projects have in kernels of their own, move a few numbers a token.
+A peer is an entry of `PEERS`: what it launches for the work of one of the lab's cases. Of other projects only kernels
+that touch the streams are listed: gates and Sinkhorn, which they have in kernels of their own, move a few numbers a
+token.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,16 +11,17 @@ from math import ceil, prod
 from typing import Any
 
 from benchmarks.accelerators.targets import Target
-from benchmarks.accelerators.triton_kernels import Array, Launch, figures, module
+from benchmarks.accelerators.triton_kernels import SIZES, Array, Launch, figures, module
 
 Peer = Callable[[Target], dict[str, Any]]
 """The figures of the kernels, or an error that says why there are none."""
 Launches = Callable[[int, int, int], list[Launch]]
-LIGER, ENGINE = "liger", "transformer_engine"
+Arrays = dict[str, Array | None]
+LIGER, ENGINE, OURS = "liger", "transformer_engine", "mhc_torch"
 
 
 def peers(work: str, tokens: int, n: int, width: int) -> dict[str, Peer]:
-    """By project, the kernels for "read" or "write", forward or ", backward", of n streams of a width."""
+    """By project, the kernels for "read", "write" or "boundary", forward or ", backward", of n streams of a width."""
 
     def compiled(project: str, launches: Launches, target: Target) -> dict[str, Any]:
         return figures(project, launches(tokens, n, width), target)
@@ -157,6 +159,77 @@ def _engine_read(tokens: int, n: int, width: int, *, backward: bool) -> list[Lau
     ]
 
 
+def _ours(
+    tokens: int, n: int, width: int, *, writes: bool = False, reads: bool = False, backward: bool = False
+) -> list[Launch]:
+    boundary, maps, m = module("boundary"), module("maps"), n * n + 2 * n
+    wide, one, table, few = (tokens, n, width), (tokens, width), (tokens, n, n), (tokens, n)
+    old: Arrays = {"streams": ("bf16", wide)}
+    for name, kind, shape in (("output", "bf16", one), ("post", "fp32", few), ("res", "fp32", table)):
+        old[name] = (kind, shape) if writes else None
+    parameters: Arrays = {
+        "phi": ("fp32", (n * width, m)),
+        "alpha": ("fp32", (3,)),
+        "bias": ("fp32", (m,)),
+    }
+    projected: Arrays = {"raw": ("fp32", (tokens, m)), "inverse_rms": ("fp32", (tokens,))}
+    x: Arrays = {"inputs": ("bf16", one)}
+    logits: Arrays = {"d_logits": ("fp32", (tokens, m))}
+    if not reads:
+        parameters, projected, x, logits = (dict.fromkeys(arrays) for arrays in (parameters, projected, x, logits))
+    new: Arrays = {"new": ("bf16", wide) if writes else None}
+
+    def launch(
+        source: str,
+        kernel: str,
+        programs: int,
+        arrays: Arrays,
+        constants: dict[str, Any],
+        options: Any,
+    ) -> Launch:
+        return Launch(
+            kernel,
+            arrays,
+            constants | {"tokens": tokens},
+            (),
+            lambda _: programs,
+            {},
+            options["num_warps"],
+            options["num_stages"],
+            source,
+        )
+
+    fixed = boundary.constants(n, width, SIZES["bf16"], writes, writes, m if reads else 0) | {"width": width}
+    fixed["read_epsilon"] = 0.0
+    of_tokens = "boundary", f"boundary_{'backward' if backward else 'forward'}", boundary.programs(tokens)
+    sinkhorn = maps.constants(n, False, False) | {"iterations": 20, "epsilon": 0.0, "post_scale": 2.0}
+    of_maps = "maps", f"maps_{'backward' if backward else 'forward'}", maps.programs(tokens, n)
+    shared = {name: array for name, array in (projected | parameters).items() if name != "phi"}
+    if not backward:
+        fixed["norm_epsilon"] = 1e-6
+        launches = [launch(*of_tokens, old | parameters | new | x | projected, fixed, boundary.options(n))]
+        if reads:
+            found: Arrays = {"post": ("fp32", few), "res": ("fp32", table)}
+            sinkhorn["post_epsilon"] = 0.0
+            launches.append(launch(*of_maps, shared | found, sinkhorn, maps.OPTIONS))
+        return launches
+    arrived: Arrays = {"d_new": ("bf16", wide) if writes else None, "d_inputs": x["inputs"]}
+    gradients = {f"d_{name}": array for name, array in old.items()}
+    everything = old | parameters | projected | arrived | logits | gradients
+    launches = [launch(*of_tokens, everything, fixed, boundary.options(n))]
+    if reads:
+        found = {"d_post": ("fp32", few), "d_res": ("fp32", table)}
+        sums: Arrays = {"sums": ("fp32", (tokens, 20, 2, sinkhorn["N"]))}
+        launches.insert(0, launch(*of_maps, shared | found | sums | logits, sinkhorn, maps.OPTIONS))
+        own = {f"d_{name}": array for name, array in parameters.items()}
+        programs = boundary.parameter_programs(n * width)
+        constants = boundary.parameter_constants(n, m) | {"features": n * width}
+        arrays = {"new": ("bf16", wide)} | projected | {"alpha": parameters["alpha"]} | logits | own
+        options = boundary.parameter_options(n)
+        launches.append(launch("boundary", "parameters_backward", programs, arrays, constants, options))
+    return launches
+
+
 PEERS: Mapping[tuple[str, str], Launches] = {
     (LIGER, "write"): partial(_liger_merge, backward=False),
     (LIGER, "write, backward"): partial(_liger_merge, backward=True),
@@ -166,4 +239,10 @@ PEERS: Mapping[tuple[str, str], Launches] = {
     (ENGINE, "write, backward"): partial(_engine_merge, backward=True),
     (ENGINE, "read"): partial(_engine_read, backward=False),
     (ENGINE, "read, backward"): partial(_engine_read, backward=True),
+    (OURS, "write"): partial(_ours, writes=True),
+    (OURS, "write, backward"): partial(_ours, writes=True, backward=True),
+    (OURS, "read"): partial(_ours, reads=True),
+    (OURS, "read, backward"): partial(_ours, reads=True, backward=True),
+    (OURS, "boundary"): partial(_ours, writes=True, reads=True),
+    (OURS, "boundary, backward"): partial(_ours, writes=True, reads=True, backward=True),
 }

@@ -18,8 +18,13 @@ from benchmarks.accelerators.ptx import Assembled, read
 from benchmarks.accelerators.targets import Target
 
 SIZES = {"bf16": 2, "fp32": 4}
-# By project, its package and the file that holds its kernels.
-FILES = {"liger": ("liger_kernel", "ops/mhc.py"), "transformer_engine": ("transformer_engine", "common/triton/mhc.py")}
+# By source, which is a project or one of several files of ours, the package and the file that holds the kernels.
+FILES = {
+    "liger": ("liger_kernel", "ops/mhc.py"),
+    "transformer_engine": ("transformer_engine", "common/triton/mhc.py"),
+    "boundary": ("mhc_torch", "kernels/triton_boundary.py"),
+    "maps": ("mhc_torch", "kernels/triton_maps.py"),
+}
 Array = tuple[str, tuple[int, ...]]
 """The dtype and the shape of an argument."""
 
@@ -34,6 +39,7 @@ class Launch:
         strides: those of its arguments whose names say so, in their order.
         programs: how many there are, of the sizes of blocks.
         blocks: those sizes; None where Triton's tuner chooses, of whose choices the first is taken.
+        source: the name in `FILES` of the file that holds it, where that is not the project's.
     """
 
     kernel: str
@@ -44,6 +50,7 @@ class Launch:
     blocks: Mapping[str, Any] | None = None
     warps: int = 4
     stages: int = 3
+    source: str = ""
 
     @property
     def bytes(self) -> int:
@@ -64,26 +71,26 @@ def figures(project: str, launches: Sequence[Launch], target: Target) -> dict[st
         "optimal_seconds": None,
         "memory": moved,
         "unknown loops": [],
-        "kernels": [asdict(_compiled(module(project), launch, target)) for launch in launches],
+        "kernels": [asdict(_compiled(module(launch.source or project), launch, target)) for launch in launches],
     }
 
 
 @cache
-def module(project: str) -> ModuleType:
-    """The file with the kernels of a project.
+def module(source: str) -> ModuleType:
+    """The file with the kernels of a source.
 
     Its kernels need no torch, but the file may have PyTorch functions, too, which are not called here.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
     """
-    name, path = FILES[project]
+    name, path = FILES[source]
     found = find_spec(name)
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError(f"{name} is not installed: make accelerators")
     torch = SimpleNamespace(Tensor=object, Size=tuple, dtype=object, autograd=SimpleNamespace(Function=object))
     utils = SimpleNamespace(ensure_contiguous=lambda function: function)
-    spec = spec_from_file_location(f"{project}_mhc", Path(next(iter(found.submodule_search_locations))) / path)
+    spec = spec_from_file_location(f"{source}_kernels", Path(next(iter(found.submodule_search_locations))) / path)
     assert spec is not None
     assert spec.loader is not None
     loaded = module_from_spec(spec)

@@ -149,10 +149,10 @@ def _forward(
         _launch(
             triton_boundary.boundary_forward,
             triton_boundary.programs(tokens),
-            (*packed, packed[0] if output is None else new, x, raw, inverse_rms),
+            (*packed, new, x, raw, inverse_rms),
             (tokens, width, norm_epsilon, read_epsilon),
             triton_boundary.constants(n, width, streams.element_size(), res is not None, output is not None, m),
-            triton_boundary.OPTIONS,
+            triton_boundary.options(n),
         )
         if phi is not None:
             post_scale, post_epsilon, epsilon, iterations, rows_first = others
@@ -241,7 +241,7 @@ def _backward(
             (*packed, raw, inverse_rms, *arrived[:2], d_logits, d_streams, d_output, d_post, d_res),
             (tokens, width, read_epsilon),
             triton_boundary.constants(n, width, streams.element_size(), res is not None, output is not None, m),
-            triton_boundary.OPTIONS,
+            triton_boundary.options(n),
         )
         if phi is not None:
             _launch(
@@ -250,7 +250,7 @@ def _backward(
                 (packed[0] if output is None else new, raw, inverse_rms, packed[5], d_logits, d_phi, d_alpha, d_bias),
                 (tokens, n * width),
                 triton_boundary.parameter_constants(n, m),
-                triton_boundary.PARAMETER_OPTIONS,
+                triton_boundary.parameter_options(n),
             )
     return results
 

@@ -23,10 +23,8 @@ import triton.language as tl
 TOKENS = 32  # of a program
 FEATURES = 64  # of a step, with up to 4 streams: a thread has 8 of each array
 HELD = 4  # streams whose maps, and sums for their derivatives, stay in registers; of more they are in the cache
-OPTIONS = {"num_warps": 8, "num_stages": 2}
 
 PARAMETER_TOKENS, PARAMETER_FEATURES = 64, 32  # of a step and of a program
-PARAMETER_OPTIONS = {"num_warps": 4, "num_stages": 3}
 
 # The interpreter multiplies numbers of bfloat16 as if their bits were whole numbers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -60,6 +58,14 @@ def constants(n: int, width: int, itemsize: int, mixes: bool, writes: bool, m: i
     }
 
 
+def options(n: int) -> dict[str, int]:
+    """How the kernels of a boundary are compiled. Two steps of phi of many streams would fill the shared memory.
+
+    Products and sums are fused, which versions of Triton differ in by default.
+    """
+    return {"num_warps": 8, "num_stages": 2 if n <= HELD else 1, "enable_fp_fusion": True}
+
+
 def parameter_programs(features: int) -> int:
     """How many programs the derivatives of the parameters have: the last has those of gates and bias."""
     return triton.cdiv(features, PARAMETER_FEATURES) + 1
@@ -67,7 +73,15 @@ def parameter_programs(features: int) -> int:
 
 def parameter_constants(n: int, m: int) -> dict[str, Any]:
     """What their kernel is compiled for."""
-    return {"n": n, "m": m, "TOKENS": PARAMETER_TOKENS, "FEATURES": PARAMETER_FEATURES, "COLUMNS": _columns(m)}
+    columns = _columns(m)
+    # The step has at most the logits of that many tokens of 4 streams, or it would fill the shared memory.
+    tokens = max(16, min(PARAMETER_TOKENS, 32 * PARAMETER_TOKENS // columns))
+    return {"n": n, "m": m, "TOKENS": tokens, "FEATURES": PARAMETER_FEATURES, "COLUMNS": columns}
+
+
+def parameter_options(n: int) -> dict[str, int]:
+    """How it is compiled."""
+    return {"num_warps": 4 if n <= HELD else 8, "num_stages": 3 if n <= HELD else 1, "enable_fp_fusion": True}
 
 
 def _columns(m: int) -> int:
@@ -236,11 +250,11 @@ def boundary_forward(
                     wide = merged.to(tl.float32)
                     squares += wide * wide
         else:
-            for i in range(n):
-                merged = _merged_from_memory(own, res, post, t, live, i, n).to(dtype)
-                tl.store(new + (t * n + i)[:, None] * width + f[None, :], merged, mask=inside)
+            for one in range(n):
+                merged = _merged_from_memory(own, res, post, t, live, one, n).to(dtype)
+                tl.store(new + (t * n + one)[:, None] * width + f[None, :], merged, mask=inside)
                 if READS:
-                    weights = _phi(phi, i, f, width, m, COLUMNS, ROWS, dtype)
+                    weights = _phi(phi, one, f, width, m, COLUMNS, ROWS, dtype)
                     products = _all_digits(weights, tl.trans(_settled(merged)), products)
                     wide = merged.to(tl.float32)
                     squares += wide * wide
@@ -264,7 +278,8 @@ def boundary_forward(
             total = tl.zeros((TOKENS, FEATURES), tl.float32)
             for i in tl.static_range(n):
                 at = (t * n + i)[:, None] * width + f[None, :]
-                total += pre[i][:, None] * tl.load(new + at, mask=inside, other=0).to(tl.float32)
+                merged = tl.load((new if WRITES else streams) + at, mask=inside, other=0)
+                total += pre[i][:, None] * merged.to(tl.float32)
             tl.store(inputs + t[:, None] * width + f[None, :], total.to(dtype), mask=inside)
 
 
@@ -398,23 +413,23 @@ def boundary_backward(
             if WRITES:
                 to_maps = sums
         else:
-            for i in range(n):
-                at = (t * n + i)[:, None] * width + f[None, :]
+            for one in range(n):
+                at = (t * n + one)[:, None] * width + f[None, :]
                 total = tl.load(d_new + at, mask=inside, other=0).to(tl.float32)
                 if READS:
-                    total += _through_phi(phi, d_raw, i, f, width, m, COLUMNS, TOKENS, FEATURES)
-                    total += along[:, None] * _merged_from_memory(own, res, post, t, live, i, n)
-                    weight = _sigmoid(gate * _column(raw, t, live, m, i) * scale + tl.load(bias + i).to(tl.float32))
+                    total += _through_phi(phi, d_raw, one, f, width, m, COLUMNS, TOKENS, FEATURES)
+                    total += along[:, None] * _merged_from_memory(own, res, post, t, live, one, n)
+                    weight = _sigmoid(gate * _column(raw, t, live, m, one) * scale + tl.load(bias + one).to(tl.float32))
                     total += (weight + read_epsilon)[:, None] * arrived
                 mixed = ()
                 for j in tl.static_range(n + 1):
                     of_map = tl.sum(total * own[j], 1)
                     if j < n:
-                        table, entry = d_res, t * (n * n) + i * n + j
-                        weight = _column(res, t, live, n * n, i * n + j)
+                        table, entry = d_res, t * (n * n) + one * n + j
+                        weight = _column(res, t, live, n * n, one * n + j)
                     else:
-                        table, entry = d_post, t * n + i
-                        weight = _column(post, t, live, n, i)
+                        table, entry = d_post, t * n + one
+                        weight = _column(post, t, live, n, one)
                     before = tl.load(table + entry, mask=live & (back > 0), other=0)
                     tl.store(table + entry, before + of_map, mask=live)
                     mixed = mixed + (old[j] + weight[:, None] * total,)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 NUMBERS = 512  # of the matrices of a program
-OPTIONS = {"num_warps": 4, "num_stages": 1}
+OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 
 def programs(tokens: int, n: int) -> int:

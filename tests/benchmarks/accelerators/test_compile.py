@@ -1,6 +1,7 @@
 """Compilations for a TPU and a GPU, where the environment of the lab exists: `make accelerators-test` sees to it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,10 @@ pytestmark = pytest.mark.skipif(not LAB.exists(), reason="there is no environmen
 
 
 def in_lab(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    # Here Triton's interpreter runs kernels; there its compiler is asked.
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [str(LAB), *arguments], cwd=ROOT, input=text, capture_output=True, text=True, timeout=500, check=False
+        [str(LAB), *arguments], cwd=ROOT, env=env, input=text, capture_output=True, text=True, timeout=500, check=False
     )
 
 

@@ -24,7 +24,7 @@ CASES = [
     (3, (5,), 37, torch.bfloat16, {"order": "rows", "iterations": 4}),
     (5, (3,), 40, torch.float32, SHORT | {"epsilon": 1e-3, "pre_epsilon": 0.1, "post_scale": 1.5}),
     (6, (2,), 32, torch.bfloat16, SHORT | {"order": "rows", "epsilon": 1e-3, "post_epsilon": 0.1}),
-    (16, (2,), 32, torch.float32, {"iterations": 2}),
+    (16, (1,), 32, torch.float32, {"iterations": 2}),
     (4, (3,), 32, torch.float32, {"iterations": 1, "norm_epsilon": 0.1}),
 ]
 DIGITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -256,7 +256,6 @@ def test_the_operators_keep_the_rules_of_torch():
     phi, alpha, bias, *old = leaves(example(4, (2,), 32, torch.float32))
     torch.library.opcheck(kernels._forward, (*old, phi, alpha, bias, kernels._settings(config)))
     torch.library.opcheck(kernels._forward, (*old[:3], None, None, None, None, []))
-    torch.library.opcheck(kernels._forward, (old[0], None, None, None, phi, alpha, bias, kernels._settings(config)))
 
 
 def test_launches_are_counted(monkeypatch):
