@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mhc_torch.history import ways
 from mhc_torch.history.ways import Way
+from mhc_torch.kernels import history_mix as kernels
 
 
 def mix(
@@ -37,6 +38,8 @@ def autocasts(device_type: str) -> bool:
 
 def accumulate(x: Tensor, states: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:
     """x + sum_k weights[k] * states[k] in one new tensor; the weights are numbers, or tensors of one element."""
+    if kernels.mixes(x, states, weights):
+        return kernels.mix(x, states, torch.stack([*weights]))
     if isinstance(weights[0], float):
         mixed = torch.add(x, states[0], alpha=weights[0])
         for state, weight in zip(states[1:], weights[1:], strict=True):
@@ -62,7 +65,11 @@ class _SeparateSum(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing computes them again, and then forgets them
         k = len(saved) // 2
         weights, states = saved[:k], saved[k:]
-        wanted, flat = ctx.needs_input_grad, in_single(gradient.reshape(-1))
+        wanted = ctx.needs_input_grad
+        if all(wanted[1:]) and not torch.is_grad_enabled() and kernels.mixes(gradient, states, weights):
+            of_states, of_weights = kernels.mix_backward(gradient, states, torch.stack(weights))
+            return gradient, *of_weights.to(weights[0].dtype).unbind(), *of_states
+        flat = in_single(gradient.reshape(-1))
         return (
             gradient,
             *(

@@ -7,7 +7,7 @@ With G_l = dL/dx_l, a layer's window of states becomes, on the way back, a windo
 so one node a layer, with an edge to its latest state alone, does all there is to do with x_l in two matrix-vector
 products over the last H cotangents. Nodes for every state apart would take four times as many operations.
 
-`native/nodes.cpp` is the same for the CPU, in one pass over the window each way.
+`native/nodes.cpp` is the same for the CPU, in one pass over the window each way; so are the kernels for a GPU.
 """
 
 from collections.abc import MutableMapping, Sequence
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mhc_torch import _private
 from mhc_torch.history.mixing import accumulate, autocasts, check_window, in_single
+from mhc_torch.kernels import history_mix as kernels
 
 
 class Nodes:
@@ -124,12 +125,17 @@ class _ChainedSum(_private.SingleLevelFunction):
         past.put(layer, gradient)
         _, wants_latest, wants_weights, *_ = ctx.needs_input_grad
         of_latest = of_weights = None
-        if wants_latest:
-            of_latest = torch.mm(past.columns[layer], past.cotangents).view_as(latest).to(latest.dtype)
-        if wants_weights:
-            past.products[layer] = torch.mv(past.cotangents, in_single(latest.reshape(-1)))
-            if layer == 0:
-                of_weights = past.gradient_of_weights()
+        column = past.columns[layer]
+        both = wants_latest and wants_weights and not torch.is_grad_enabled()
+        if both and kernels.mixes(latest, (), column):
+            of_latest, past.products[layer] = kernels.window_backward(past.cotangents, column[0], latest)
+        else:
+            if wants_latest:
+                of_latest = torch.mm(column, past.cotangents).view_as(latest).to(latest.dtype)
+            if wants_weights:
+                past.products[layer] = torch.mv(past.cotangents, in_single(latest.reshape(-1)))
+        if wants_weights and layer == 0:
+            of_weights = past.gradient_of_weights()
         return gradient, of_latest, of_weights, None, None, None, None
 
 

@@ -1,5 +1,6 @@
 """Which form of an operation runs: kernels of Triton, or operations of torch. Either has derivatives of any order."""
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal
@@ -74,9 +75,10 @@ def _obstacle(
     return f"kernels have nothing for {unserved}" if unserved else None
 
 
-@torch.compiler.assume_constant_result
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs kernels, on a CPU: TRITON_INTERPRET=1 when Triton is first imported."""
-    from triton import knobs
+    """Whether Triton's interpreter runs kernels, on a CPU: TRITON_INTERPRET=1 before this package is first imported."""
+    return _INTERPRETED
 
-    return bool(knobs.runtime.interpret)
+
+# Read once: a compiler traces into `interpreted`, and to mark it for that would import all of torch's compiler here.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")

@@ -301,7 +301,9 @@ def _launch(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.settings = inputs
     new, _, _, _, raw, inverse_rms = output
-    ctx.save_for_backward(*tensors, new, raw, inverse_rms)
+    # X' is looked at again for phi alone.
+    phi = tensors[4]
+    ctx.save_for_backward(*tensors, raw if phi is None else new, raw, inverse_rms)
 
 
 def _forward_grad(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:

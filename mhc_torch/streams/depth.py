@@ -104,16 +104,27 @@ class _Block:
         self._again: dict[int, Tensor] = {}
 
     def keeping(self, latest: Tensor) -> AbstractContextManager[Any]:
-        """Of what is saved for the backward pass inside, `latest`, the streams after all writes, is not kept."""
-        index, pointer, size = len(self._written), latest.data_ptr(), latest.numel()
+        """Of what is saved for the backward pass inside, no streams are kept: `latest`, those after all writes, and new
+        ones, those after one more.
+        """
+        index, pointer = len(self._written), latest.data_ptr()
+        n, width = latest.shape[-2:]
+        shape, dtype = (latest.numel() // max(1, n * width), n, width), latest.dtype
+
+        def number(tensor: Tensor) -> int:
+            """Which streams these are; 0 for what is kept, the first of the block and whatever else is saved."""
+            if tensor.shape != shape or tensor.dtype != dtype:
+                return 0
+            if tensor.data_ptr() == pointer:
+                return index
+            return index + 1 if n != width else 0  # H_res may have the shape of n streams of width n
 
         def pack(tensor: Tensor) -> Any:
-            is_latest = index > 0 and tensor.data_ptr() == pointer and tensor.numel() == size
             # Of a result of the operation that saves it, the graph would be kept, and with it this hook.
-            return (index, tensor.shape) if is_latest else tensor.detach()
+            return number(tensor) or tensor.detach()
 
         def unpack(kept: Any) -> Tensor:
-            return kept if isinstance(kept, Tensor) else self._streams(kept[0]).view(kept[1])
+            return kept if isinstance(kept, Tensor) else self._streams(kept).view(shape)
 
         return saved_tensors_hooks(pack, unpack)
 
@@ -124,12 +135,14 @@ class _Block:
 
     @torch.no_grad()
     def _streams(self, index: int) -> Tensor:
-        # The last are asked for first. Those before them are made on the way, and wait for their turn.
+        # The last are asked for first. Those before them are made on the way, and wait for their turn. Kernels ask for
+        # the streams on both sides of a boundary.
         if index not in self._again:
             streams = self._first
-            for number, (*numbers, form) in enumerate(self._written[:index], 1):
-                self._again[number] = streams = write(streams, *numbers, implementation=form)
-        return self._again.pop(index)
+            for number, (output, post, res, form) in enumerate(self._written[:index], 1):
+                self._again[number] = streams = write(streams, output, post, res, implementation=form)
+        self._again = {number: streams for number, streams in self._again.items() if number <= index + 1}
+        return self._again[index]
 
 
 def _in_turn(layers: Sequence[Sequence[Connected]]) -> list[Connected]:

@@ -5,12 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhc_torch.models import Decoder, DecoderConfig
 from mhc_torch.nn.hyper_connections import HyperConnections, StreamStack
 from mhc_torch.streams import StreamConfig, expand, optimal_block_length, reduce
+from tests.kept import check_stack
 
 WIDTH, DEPTH = 6, 6
 
@@ -194,46 +193,14 @@ def test_autocast_leaves_maps_and_streams_in_float32(block_length):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
-class Kept(TorchDispatchMode):
-    """The storages that operations inside made, and whose memory is still held."""
-
-    def __init__(self, given):
-        super().__init__()
-        self.given, self.made = {tensor.untyped_storage().data_ptr() for tensor in given}, {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self.given:  # a view of it, then
-                    self.made[storage.data_ptr(), storage.nbytes()] = StorageWeakRef(storage)
-        return result
-
-    def bytes(self):
-        return sum(size for (_, size), storage in self.made.items() if not storage.expired())
-
-
 @pytest.mark.parametrize("block_length", [1, 2, 4])
 def test_bytes_that_are_kept_of_a_layer(block_length):
-    depth, tokens, width, n = 8, 64, 128, 4
-    layers = [HyperConnections(nn.Linear(width, width, bias=False), width, layer_index=i) for i in range(depth)]
-    network = StreamStack(layers, n, block_length=block_length).bfloat16()
-    for layer in layers:
-        for name in ("phi", "alpha", "bias"):
-            parameter = layer.get_parameter(name)
-            parameter.data = parameter.data.float()
-    x = torch.randn(tokens, width).bfloat16()
-    with Kept([x, *network.parameters()]) as kept:
-        y = network(x)
-    found = kept.bytes() - y.untyped_storage().nbytes()
-    # At least the streams of each block once, what each branch reads and puts out, and the numbers of its maps.
-    streams, state = 2 * n * width, 2 * width
-    least = tokens * (streams * depth / block_length + depth * 2 * state + depth * 4 * (n * n + 2 * n))
-    assert least <= found <= least + tokens * depth * 4 * 60
-    y.float().sum().backward()
-    del y
-    assert kept.bytes() == 0
+    def make(block_length):
+        branches = [nn.Linear(128, 128, bias=False) for _ in range(8)]
+        layers = [HyperConnections(branch, 128, layer_index=i) for i, branch in enumerate(branches)]
+        return StreamStack(layers, block_length=block_length)
+
+    check_stack(make, block_length, depth=8, tokens=64, width=128, n=4)
 
 
 def test_the_saved_tensors_of_a_layer_are_its_streams_its_output_and_numbers_of_the_maps():
