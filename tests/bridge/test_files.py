@@ -827,3 +827,10 @@ def test_memory_is_bounded_by_the_largest_shard(tmp_path):
     assert int(run.stdout) < 1.5 * 2 * 4 * width**2
     loaded = bridge.load(tmp_path / "jax.safetensors")
     assert all(same_bits(loaded[f"layers.{i}.kernel"], layers[name].T) for i, name in enumerate(names))
+
+
+def test_the_bytes_of_a_file_do_not_depend_on_the_order_of_its_arrays(tmp_path):
+    arrays = {"b": np.arange(6.0), "a": np.arange(4.0).reshape(2, 2).T, "empty": np.zeros((0, 3))}
+    bridge.save(tmp_path / "one.safetensors", arrays)
+    bridge.save(tmp_path / "other.safetensors", dict(reversed(arrays.items())))
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "other.safetensors").read_bytes()

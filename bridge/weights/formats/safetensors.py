@@ -135,7 +135,7 @@ def write_safetensors(path: Path, specs: Mapping[str, Spec], pieces: Iterable[Pi
             parts = (buffer[: specs[name].nbytes - start] for start in range(0, specs[name].nbytes, _CACHED))
             checksums[name] = checksum(name, specs[name], _filled(file, parts))
         file.seek(0)
-        file.write(struct.pack("<Q", len(draft)) + header(checksums))
+        file.write(struct.pack("<Q", len(draft)) + header({name: checksums[name] for name in order}))
 
 
 def _is_possible(spec: Spec) -> bool:
