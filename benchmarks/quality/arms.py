@@ -86,6 +86,7 @@ TWO = {
 }
 ARMS = FIRST | FURTHER | TWO
 DEEP = ("residual", "HC", "mHC", "mHC, mixed", "history, uniform")
+CONFIRMED = ("residual", "mHC", "residual, wider", "identity, mixed", "mHC, mixed", "HC", "residual, longer")
 LONG = ("residual", "mHC, mixed", "identity, mixed")
 
 
