@@ -14,6 +14,7 @@ from benchmarks.quality.protocol import FULL, RESULT
 from benchmarks.quality.record import losses, of, trains, tuned
 
 FIGURE = Path("docs/images/quality.png")
+LONGER = "residual, longer"
 DEPTH = Path("docs/images/depth.png")
 PATTERNS = Path("docs/images/maps.png")
 PAIRS = (
@@ -26,6 +27,7 @@ PAIRS = (
     ("HC, mixed", "mHC, mixed"),
     ("KromHC, mixed", "mHC, mixed"),
     ("mHC-lite, mixed", "mHC, mixed"),
+    ("identity, mixed", "one stream with gates"),
     ("mHC", "mHC, n = 2"),
     ("mHC, mixed", "mHC, mixed, n = 2"),
     ("mHC", "residual, wider"),
@@ -69,6 +71,19 @@ def shown(found: tuple[float, float] | None) -> str:
     return f"**{text}**" if abs(mean) > half else text
 
 
+def steps_worth(content: Mapping[str, Any], arm: str) -> float | None:
+    """How many times the steps the residual network would need for what the arm gains.
+
+    As if its loss fell evenly in the logarithm of the steps, between the residual network and the longer one; from the
+    seeds that confirm, where there are any. None where one of the three is not recorded.
+    """
+    for part in ("confirm", "arms"):
+        gain, longer = (paired(content, name, "residual", part) for name in (arm, LONGER))
+        if gain and longer:
+            return float(ARMS[LONGER].steps ** (gain[0] / longer[0]))
+    return None
+
+
 def recorded(content: Mapping[str, Any]) -> list[str]:
     return [arm for arm in ARMS if of(content, "arms", arm)]
 
@@ -84,11 +99,23 @@ def arms_table(records: Mapping[str, Any]) -> str:
         costs = [ABSENT] * 3
         if cost and base:
             costs = [f"{cost['parameters'] / 1e3:.0f}", *(f"{cost[name] / base[name]:.2f}" for name in ("MFLOP", "MB"))]
-        over = [""] * 2
+        over = [""] * 3
         if arm != "residual":
             over = [shown(paired(content, arm, "residual", part)) for part in ("arms", "confirm")]
+            worth = steps_worth(content, arm)
+            over.append(ABSENT if worth is None else f"{worth:.2f}")
         rows.append([arm, f"{rate:g}", *costs, f"{losses(of(content, 'arms', arm)).mean():.3f}", *over])
-    header = ["arm", "rate", "1000 parameters", "computation", "bytes", "bits per byte", "over residual", "confirmed"]
+    header = [
+        "arm",
+        "rate",
+        "1000 parameters",
+        "computation",
+        "bytes",
+        "bits per byte",
+        "over residual",
+        "confirmed",
+        "worth in steps",
+    ]
     return recorded_table(header, rows)
 
 
@@ -152,23 +179,27 @@ def maps_table(records: Mapping[str, Any]) -> str:
             continue
         moved = [f"{np.mean([run['moved'][part] for run in runs]):.2g}" for part in ("H_res", "H_pre", "H_post")]
         away, rank, cosine = (
-            np.mean([np.mean(run[name]) for run in runs]) for name in ("from identity", "rank", "similarity")
+            np.mean(np.array([run[name] for run in runs], float)) for name in ("from identity", "rank", "similarity")
         )
-        rows.append([arm, *moved, f"{away:.2g}", f"{rank:.2f}", f"{cosine:.2f}"])
+        alike = ABSENT if np.isnan(cosine) else f"{cosine:.2f}"  # of a single stream
+        rows.append([arm, *moved, f"{away:.2g}", f"{rank:.2f}", alike])
     return recorded_table(["arm", "H_res moved", "H_pre", "H_post", "H_res from identity", "rank", "cosine"], rows)
 
 
 def draw(content: Mapping[str, Any], path: Path) -> None:
-    """Every arm over the residual network, with intervals."""
+    """Every arm over the residual network, with intervals: of the main comparison, and of the one that confirms it."""
     arms = [arm for arm in recorded(content) if arm != "residual"]
-    figure, axis = plt.subplots(figsize=(9, 0.9 + 0.27 * len(arms)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 1.1 + 0.3 * len(arms)), layout="constrained")
     for place, arm in enumerate(reversed(arms)):
-        mean, half = paired(content, arm, "residual") or (np.nan, 0)
         color = {"residual": "tab:gray", "history": "tab:green"}.get(arm.split(",")[0], "tab:blue")
-        axis.errorbar(mean, place, xerr=half, fmt="o", color=color, capsize=3)
+        for part, above, face in (("arms", 0.1, "white"), ("confirm", -0.15, color)):
+            if found := paired(content, arm, "residual", part):
+                mean, half = found
+                axis.errorbar(mean, place + above, xerr=half, fmt="o", color=color, markerfacecolor=face, capsize=3)
     axis.set_yticks(range(len(arms)), list(reversed(arms)))
     axis.axvline(0, color="black", linewidth=1)
-    axis.set(xlabel="held-out bits per byte, over the residual network (less is better)")
+    title = f"95% intervals: hollow, {len(FULL.seeds)} seeds; full, {len(FULL.confirm_seeds)} other seeds"
+    axis.set(xlabel="held-out bits per byte, over the residual network (less is better)", title=title)
     axis.grid(axis="x", alpha=0.3)
     _save(figure, path)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from benchmarks.quality.arms import ARMS, CONFIRMED, DEEP, FIRST, FURTHER, LONG, TWO, cost
+from benchmarks.quality.arms import ARMS, CONFIRMED, DEEP, FEWER, FIRST, FURTHER, LONG, cost
 from benchmarks.quality.protocol import FULL, Protocol, Sizes
 from benchmarks.quality.record import Key, Record, of, trains, tuned
 from benchmarks.quality.train import train
@@ -105,9 +105,9 @@ class Study:
 PARTS: dict[str, Callable[[Study], None]] = {
     "first": lambda study: study.arms(FIRST),
     "confirm": Study.confirm,
+    "fewer": lambda study: study.arms(FEWER),
     "depth 100": lambda study: study.depth(100),
     "further": lambda study: study.arms(FURTHER),
-    "two": lambda study: study.arms(TWO),
     "depth 200": lambda study: study.depth(200),
     "long": Study.long,
     "costs": Study.costs,

@@ -36,10 +36,15 @@ def plain_loop(arm, sizes, seed, rate):
     )
     kinds = {True: adam(arm.maps_rate), False: adam(1.0)}
     optimizer = nnx.Optimizer(model, optax.multi_transform(kinds, of_maps), wrt=nnx.Param)
-    gradient = nnx.jit(nnx.grad(lambda model, tokens: model.loss(tokens)))
+
+    @nnx.jit
+    def step(model, optimizer, tokens):
+        optimizer.update(model, nnx.grad(lambda model: model.loss(tokens))(model))
+
     for tokens in protocol.windows(protocol.TRAINED, seed, sizes.length, sizes.steps, sizes.batch):
-        optimizer.update(model, gradient(model, tokens))
-    return model.loss(protocol.windows(protocol.HELD_OUT, 0, sizes.length, sizes.held_out)) / np.log(2)
+        step(model, optimizer, tokens)
+    held_out = protocol.windows(protocol.HELD_OUT, 0, sizes.length, sizes.held_out)
+    return nnx.jit(lambda model: model.loss(held_out))(model) / np.log(2)
 
 
 def test_a_run_is_the_one_of_a_plain_loop():
@@ -78,7 +83,7 @@ def trained(monkeypatch):
 
 def test_what_is_recorded_is_not_run_again(tmp_path, trained):
     path = tmp_path / "record.json"
-    study.study(Record(path), protocol.FULL, ["two"], until=np.inf)
+    study.study(Record(path), protocol.FULL, ["fewer"], until=np.inf)
     first = list(trained)
     content = json.loads(path.read_text())
     assert len(content["runs"]) == len(first)
@@ -89,17 +94,17 @@ def test_what_is_recorded_is_not_run_again(tmp_path, trained):
         True,
         *[False] * 4,
     ]
-    study.study(Record(path), protocol.FULL, ["two"], until=np.inf)
+    study.study(Record(path), protocol.FULL, ["fewer"], until=np.inf)
     assert trained == first
     # A record that was cut off goes on where it ends.
     content["runs"] = content["runs"][:-5]
     path.write_text(json.dumps(content))
-    study.study(Record(path), protocol.FULL, ["two"], until=np.inf)
+    study.study(Record(path), protocol.FULL, ["fewer"], until=np.inf)
     assert trained[len(first) :] == first[-5:]
 
 
 def test_no_run_begins_when_the_time_is_over(tmp_path, trained, capsys):
-    study.study(Record(tmp_path / "record.json"), protocol.FULL, ["two"], until=time.monotonic() - 1)
+    study.study(Record(tmp_path / "record.json"), protocol.FULL, ["fewer"], until=time.monotonic() - 1)
     assert not trained
     assert "out of time" in capsys.readouterr().out
 
@@ -153,6 +158,15 @@ def test_differences_are_paired_by_seed():
     assert report.shown((0.1, 0.2)) == "+0.100 ± 0.200"
     runs[0]["loss"] = None
     assert report.shown(report.paired({"runs": runs}, "mHC", "residual")) == "-inf ± inf"
+
+
+def test_what_is_gained_is_worth_steps():
+    runs = [
+        run_of("arms", arm, seed, 0.01, loss) for seed in range(3) for arm, loss in (("residual", 3.0), ("HC", 2.9))
+    ]
+    assert report.steps_worth({"runs": runs}, "HC") is None
+    runs += [run_of("arms", "residual, longer", seed, 0.01, 2.8) for seed in range(3)]
+    np.testing.assert_allclose(report.steps_worth({"runs": runs}, "HC"), 1.7**0.5)
 
 
 def test_tuning_takes_the_best_rate_and_knows_an_edge():
