@@ -6,20 +6,18 @@ A table stands between two comments, `<!-- benchmarks: NAME -->` and `<!-- /benc
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from benchmarks import starts, stream_gain
 from benchmarks.accelerators import pages
+from benchmarks.markdown import ABSENT, markdown
+from benchmarks.quality import report as quality
 from benchmarks.record import RESULTS
 
 ROOT = Path(__file__).parents[1]
 PLACE = re.compile(r"(<!-- benchmarks: (\w+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
-ABSENT = "—"
 HISTORY, STREAMS, FRONT, COMPILED, CALL, CONVERSION = (
     f"{name}.json"
     for name in (
@@ -54,11 +52,6 @@ def cell(value: Mapping[str, float] | float | None) -> str:
     if isinstance(value, Mapping):
         return f"{value['median']:.2f} ({value['p10']:.2f} to {value['p90']:.2f})"
     return f"{value:.2f}"
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def history_table(records: Mapping[str, Any]) -> str:
@@ -147,30 +140,14 @@ def peers(records: Mapping[str, Any]) -> str:
     return "\n".join([*tables, machine(records) + "\n"])
 
 
-def starts_table(records: Mapping[str, Any]) -> str:
-    """What streams learned from each start, over the residual network, and how far their maps have moved."""
-    runs = find(records, starts.RESULT.name, "runs")
-    if runs is None:
-        return "Not recorded yet.\n"
-    base = np.array([run["bits per byte"] for run in runs["residual"]])
-
-    def row(name: str) -> list[str]:
-        gains = np.array([run["bits per byte"] for run in runs[name]]) - base
-        moved = (np.mean([run[key] for run in runs[name]]) for key in ("H_res", "H_pre", "H_post"))
-        return [name, f"{gains.mean():+.3f} ± {gains.std(ddof=1):.3f}", *(f"{value:.2g}" for value in moved)]
-
-    rows = [["residual", f"{base.mean():.3f}", *[ABSENT] * 3], *(row(name) for name in runs if name != "residual")]
-    return markdown(["start", "bits per byte, over residual", "H_res moved", "H_pre", "H_post"], rows)
-
-
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "peers": peers,
-    "starts": starts_table,
+    **{f"quality_{name}": make for name, make in quality.TABLES.items()},
     "tpu": partial(pages.shown, platform="tpu"),
     "gpu": partial(pages.shown, platform="cuda"),
 }
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("streams", "performance"))]
-FIGURES = [(stream_gain.draw, stream_gain.RESULT, stream_gain.FIGURE)]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("quality", "performance"))]
+FIGURES = quality.FIGURES
 
 
 def filled(page: str, records: Mapping[str, Any]) -> str:

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from benchmarks.accelerators.targets import TARGETS
+from benchmarks.markdown import ABSENT, NOT_RECORDED, markdown
 
 RECORD = "accelerators.json"
-ABSENT = "—"
 HISTORY = [
     (layers, width, size) for layers, width in (("MLP", 2048), ("MLP", 4096), ("Attention", 2048)) for size in (4, 16)
 ]
@@ -33,18 +33,15 @@ NAMES = {
 def shown(records: Mapping[str, Any], platform: Literal["tpu", "cuda"]) -> str:
     """Both tables of a platform, and the versions of its compilers."""
     if RECORD not in records:
-        return "Not recorded yet.\n"
+        return NOT_RECORDED
     record = records[RECORD]
     targets = [name for name, target in TARGETS.items() if target.platform == platform]
     packages = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    tables = [_table("history, over the residual stack: bytes / estimated time", targets, _history(record, targets))]
-    tables.append(_table("n = 4, C = 2048: MB / estimated µs", ["least", *targets], _streams(record, targets)))
+    tables = [
+        markdown(["history, over the residual stack: bytes / estimated time", *targets], _history(record, targets)),
+        markdown(["n = 4, C = 2048: MB / estimated µs", "least", *targets], _streams(record, targets)),
+    ]
     return "\n".join([*tables, f"Compiled by {packages}; {record['date']}.\n"])
-
-
-def _table(title: str, columns: list[str], rows: Iterator[list[str]]) -> str:
-    lines = [[title, *columns], ["---"] * (len(columns) + 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _history(record: Any, targets: list[str]) -> Iterator[list[str]]:

@@ -77,15 +77,17 @@ FURTHER = {
     "history, sparse, uniform": _history("sparse", "uniform"),
     "history, sparse, residual": _history("sparse", "identity"),
 }
-TWO = {
+FEWER = {
+    "one stream with gates": _streams("identity", "mixed", 1),
     "mHC, n = 2": _streams("sinkhorn", n=2),
     "mHC, mixed, n = 2": _streams("sinkhorn", "mixed", 2),
     "identity, mixed, n = 2": _streams("identity", "mixed", 2),
     "HC, n = 2": _streams("none", n=2),
     "mHC, maps at 10 times the rate, n = 2": _streams("sinkhorn", n=2, maps_rate=10.0),
 }
-ARMS = FIRST | FURTHER | TWO
+ARMS = FIRST | FURTHER | FEWER
 DEEP = ("residual", "HC", "mHC", "mHC, mixed", "history, uniform")
+CONFIRMED = ("residual", "mHC", "residual, wider", "identity, mixed", "mHC, mixed", "HC", "residual, longer")
 LONG = ("residual", "mHC, mixed", "identity, mixed")
 
 

@@ -1,6 +1,7 @@
 """The sizes of the study and the text that it trains on; docs/quality.md says why they are these."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pydoc_data.topics import topics
 
@@ -44,18 +45,25 @@ class Protocol:
         rates: of which every arm gets its best by the tuning seeds; at an edge the next by a factor of 2 is tried, too.
         deep: of the runs that look for the largest learning rate, by the number of branches.
         deep_rate: the first rate that is tried there; factors of 2 from there.
+        confirm_seeds: from which the main comparison is done again.
         long: of the runs that ask whether a difference lasts.
+        arms: those that run; none for all.
     """
 
     sizes: Sizes
     rates: tuple[float, ...]
     tuning_seeds: tuple[int, ...]
     seeds: tuple[int, ...]
+    confirm_seeds: tuple[int, ...]
     deep: dict[int, Sizes]
     deep_rate: float
     deep_seeds: tuple[int, ...]
     long: Sizes
     long_seeds: tuple[int, ...]
+    arms: tuple[str, ...] = ()
+
+    def chosen(self, arms: Iterable[str]) -> list[str]:
+        return [arm for arm in arms if not self.arms or arm in self.arms]
 
 
 def _deep(layers: int) -> Sizes:
@@ -67,6 +75,7 @@ FULL = Protocol(
     rates=(5e-3, 1e-2, 2e-2),
     tuning_seeds=(100, 101),
     seeds=(0, 1, 2, 3, 4),
+    confirm_seeds=tuple(range(10, 20)),
     deep={100: _deep(50), 200: _deep(100)},
     deep_rate=1.6e-2,
     deep_seeds=(0, 1, 2),
@@ -75,8 +84,19 @@ FULL = Protocol(
 )
 
 _TINY = Sizes(16, 1, heads=2, batch=2, length=16, steps=4, warmup=2, every=2, held_out=4)
-QUICK = Protocol(_TINY, (1e-2,), (100,), (0, 1), {100: _TINY, 200: _TINY}, 1.6e-2, (0,), _TINY, (0,))
-
+QUICK = Protocol(
+    sizes=_TINY,
+    rates=(1e-2,),
+    tuning_seeds=(100,),
+    seeds=(0, 1),
+    confirm_seeds=(10,),
+    deep={100: _TINY, 200: _TINY},
+    deep_rate=1.6e-2,
+    deep_seeds=(0,),
+    long=_TINY,
+    long_seeds=(0,),
+    arms=("residual", "mHC, maps at 10 times the rate", "history, uniform"),
+)
 
 # Sections contain each other's paragraphs: each is kept where it comes first, so that none is trained on and held out.
 _PARAGRAPHS = dict.fromkeys(part for name in sorted(topics) for part in topics[name].split("\n\n"))

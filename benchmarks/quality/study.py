@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from benchmarks.quality.arms import ARMS, DEEP, FIRST, FURTHER, LONG, TWO, cost
+from benchmarks.quality.arms import ARMS, CONFIRMED, DEEP, FEWER, FIRST, FURTHER, LONG, cost
 from benchmarks.quality.protocol import FULL, Protocol, Sizes
 from benchmarks.quality.record import Key, Record, of, trains, tuned
 from benchmarks.quality.train import train
+
+MOST_DOUBLINGS, MOST_HALVINGS = 8, 4
 
 
 class OutOfTime(Exception):
@@ -49,7 +51,7 @@ class Study:
     def arms(self, names: Iterable[str]) -> None:
         """Tunes the rate of every arm, and trains it from all seeds."""
         protocol, content = self.protocol, self.record.content
-        for arm in names:
+        for arm in self.protocol.chosen(names):
             rates = list(protocol.rates)
             while True:
                 self.run(
@@ -64,42 +66,48 @@ class Study:
 
     def depth(self, branches: int) -> None:
         """The largest learning rate at which deep networks train: factors of 2, up from one that does."""
-        for arm in DEEP:
-            for seed in self.protocol.deep_seeds:
-                self._largest_rate(f"{branches} branches", arm, seed, self.protocol.deep[branches])
+        first, sizes = self.protocol.deep_rate, self.protocol.deep[branches]
 
-    def _largest_rate(self, part: str, arm: str, seed: int, sizes: Sizes) -> None:
-        def learns(rate: float) -> bool:
-            self.run([Key(part, arm, seed, rate)], sizes)
-            (run,) = (run for run in of(self.record.content, part, arm, rate) if run["seed"] == seed)
-            return trains(self.record.content, run)
+        def learning(arm: str, seeds: list[int], rate: float) -> list[int]:
+            part = f"{branches} branches"
+            self.run([Key(part, arm, seed, rate) for seed in seeds], sizes)
+            runs = of(self.record.content, part, arm, rate)
+            return [run["seed"] for run in runs if run["seed"] in seeds and trains(self.record.content, run)]
 
-        first = self.protocol.deep_rate
-        exponent = 0
-        if learns(first):
-            while exponent < 8 and learns(first * 2 ** (exponent + 1)):
-                exponent += 1
-        else:
-            while exponent > -4 and not learns(first * 2 ** (exponent - 1)):
-                exponent -= 1
+        for arm in self.protocol.chosen(DEEP):
+            seeds = list(self.protocol.deep_seeds)
+            up = learning(arm, seeds, first)
+            down = [seed for seed in seeds if seed not in up]
+            for exponent in range(1, MOST_DOUBLINGS + 1):
+                up = learning(arm, up, first * 2**exponent)
+            for exponent in range(1, MOST_HALVINGS + 1):
+                found = learning(arm, down, first / 2**exponent)
+                down = [seed for seed in down if seed not in found]
 
     def long(self) -> None:
         """Whether differences last: the arms at their tuned rates, for more steps."""
-        for arm in LONG:
+        for arm in self.protocol.chosen(LONG):
             rate, _ = tuned(self.record.content, arm)
             self.run([Key("long", arm, seed, rate) for seed in self.protocol.long_seeds], self.protocol.long)
 
+    def confirm(self) -> None:
+        """The main comparison again, from seeds of its own."""
+        for arm in self.protocol.chosen(CONFIRMED):
+            rate, _ = tuned(self.record.content, arm)
+            self.run([Key("confirm", arm, seed, rate) for seed in self.protocol.confirm_seeds], self.protocol.sizes)
+
     def costs(self) -> None:
-        for name, arm in ARMS.items():
+        for name in self.protocol.chosen(ARMS):
             if name not in self.record.content["costs"]:
-                self.record.add_cost(name, cost(arm, self.protocol.sizes))
+                self.record.add_cost(name, cost(ARMS[name], self.protocol.sizes))
 
 
 PARTS: dict[str, Callable[[Study], None]] = {
     "first": lambda study: study.arms(FIRST),
+    "confirm": Study.confirm,
+    "fewer": lambda study: study.arms(FEWER),
     "depth 100": lambda study: study.depth(100),
     "further": lambda study: study.arms(FURTHER),
-    "two": lambda study: study.arms(TWO),
     "depth 200": lambda study: study.depth(200),
     "long": Study.long,
     "costs": Study.costs,

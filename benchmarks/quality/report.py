@@ -1,0 +1,262 @@
+"""What docs/quality.md shows of the record: tables and figures. Nothing here is run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy.stats import t
+
+from benchmarks.markdown import ABSENT, NOT_RECORDED, markdown
+from benchmarks.quality.arms import ARMS, DEEP, LONG
+from benchmarks.quality.protocol import FULL, RESULT
+from benchmarks.quality.record import losses, of, trains, tuned
+
+FIGURE = Path("docs/images/quality.png")
+LONGER = "residual, longer"
+DEPTH = Path("docs/images/depth.png")
+PATTERNS = Path("docs/images/maps.png")
+PAIRS = (
+    ("mHC, mixed", "mHC"),
+    ("mHC, mixed", "mHC, alpha = 1"),
+    ("mHC, mixed", "identity, mixed"),
+    ("mHC, alpha = 1", "mHC"),
+    ("mHC, maps at 10 times the rate", "mHC"),
+    ("HC", "mHC"),
+    ("HC, mixed", "mHC, mixed"),
+    ("KromHC, mixed", "mHC, mixed"),
+    ("mHC-lite, mixed", "mHC, mixed"),
+    ("identity, mixed", "one stream with gates"),
+    ("mHC", "mHC, n = 2"),
+    ("mHC, mixed", "mHC, mixed, n = 2"),
+    ("mHC", "residual, wider"),
+    ("mHC", "residual, longer"),
+    ("HC", "residual, wider"),
+    ("mHC, mixed", "residual, wider"),
+    ("mHC, mixed", "residual, deeper"),
+    ("mHC, mixed", "residual, longer"),
+    ("history, mixed", "history, uniform"),
+)
+"""Of which the difference says something of its own: first over second."""
+
+
+def recorded_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return markdown(header, rows) if rows else NOT_RECORDED
+
+
+def interval(differences: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The mean and half the width of its 95% interval, by Student's t."""
+    values = np.asarray(differences, float)
+    if len(values) < 2 or not np.isfinite(values).all():
+        return float(values.mean()), np.inf
+    return float(values.mean()), float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def paired(content: Mapping[str, Any], arm: str, base: str, part: str = "arms") -> tuple[float, float] | None:
+    """The difference of two arms, seed by seed, over the seeds that both have; None where one has none."""
+    runs, others = ({run["seed"]: run for run in of(content, part, name)} for name in (arm, base))
+    seeds = sorted(runs.keys() & others.keys())
+    if not seeds:
+        return None
+    return interval(losses(runs[seed] for seed in seeds) - losses(others[seed] for seed in seeds))
+
+
+def shown(found: tuple[float, float] | None) -> str:
+    """A difference and its interval, in bold where it does not hold 0."""
+    if found is None:
+        return ABSENT
+    mean, half = found
+    text = f"{mean:+.3f} ± {half:.3f}"
+    return f"**{text}**" if abs(mean) > half else text
+
+
+def steps_worth(content: Mapping[str, Any], arm: str) -> float | None:
+    """How many times the steps the residual network would need for what the arm gains.
+
+    As if its loss fell evenly in the logarithm of the steps, between the residual network and the longer one; from the
+    seeds that confirm, where there are any. None where one of the three is not recorded.
+    """
+    for part in ("confirm", "arms"):
+        gain, longer = (paired(content, name, "residual", part) for name in (arm, LONGER))
+        if gain and longer:
+            return float(ARMS[LONGER].steps ** (gain[0] / longer[0]))
+    return None
+
+
+def recorded(content: Mapping[str, Any]) -> list[str]:
+    return [arm for arm in ARMS if of(content, "arms", arm)]
+
+
+def arms_table(records: Mapping[str, Any]) -> str:
+    """Every arm over the residual network."""
+    content = records.get(RESULT.name, {"runs": [], "costs": {}})
+    rows = []
+    base = content["costs"].get("residual")
+    for arm in recorded(content):
+        rate = tuned(content, arm)[0]
+        cost = content["costs"].get(arm)
+        costs = [ABSENT] * 3
+        if cost and base:
+            costs = [f"{cost['parameters'] / 1e3:.0f}", *(f"{cost[name] / base[name]:.2f}" for name in ("MFLOP", "MB"))]
+        over = [""] * 3
+        if arm != "residual":
+            over = [shown(paired(content, arm, "residual", part)) for part in ("arms", "confirm")]
+            worth = steps_worth(content, arm)
+            over.append(ABSENT if worth is None else f"{worth:.2f}")
+        rows.append([arm, f"{rate:g}", *costs, f"{losses(of(content, 'arms', arm)).mean():.3f}", *over])
+    header = [
+        "arm",
+        "rate",
+        "1000 parameters",
+        "computation",
+        "bytes",
+        "bits per byte",
+        "over residual",
+        "confirmed",
+        "worth in steps",
+    ]
+    return recorded_table(header, rows)
+
+
+def pairs_table(records: Mapping[str, Any]) -> str:
+    content = records.get(RESULT.name, {"runs": []})
+    rows = []
+    for pair in PAIRS:
+        found = [shown(paired(content, *pair, part)) for part in ("arms", "confirm")]
+        if found != [ABSENT] * 2:
+            rows.append([*pair, *found])
+    return recorded_table(["arm", "over", "bits per byte", "confirmed"], rows)
+
+
+def long_table(records: Mapping[str, Any]) -> str:
+    content = records.get(RESULT.name, {"runs": []})
+    rows = []
+    for arm in LONG:
+        if runs := of(content, "long", arm):
+            over = "" if arm == "residual" else shown(paired(content, arm, "residual", "long"))
+            rows.append([arm, f"{losses(runs).mean():.3f}", over])
+    return recorded_table([f"{FULL.long.steps} steps", "bits per byte", "over residual"], rows)
+
+
+def largest_rates(content: Mapping[str, Any], part: str, arm: str) -> list[float]:
+    """The largest learning rate of each seed with which the network trains; 0 where none does."""
+    runs = of(content, part, arm)
+    return [
+        max([run["rate"] for run in runs if run["seed"] == seed and trains(content, run)], default=0.0)
+        for seed in sorted({run["seed"] for run in runs})
+    ]
+
+
+def depth_table(records: Mapping[str, Any]) -> str:
+    """Largest rates, and what happens at the rate that all arms were tried with."""
+    content = records.get(RESULT.name, {"runs": []})
+    rows = []
+    for branches in FULL.deep:
+        for arm in DEEP:
+            part = f"{branches} branches"
+            if not (runs := of(content, part, arm, FULL.deep_rate)):
+                continue
+            largest = largest_rates(content, part, arm)
+            spread = f"{min(largest):g}" if min(largest) == max(largest) else f"{min(largest):g} to {max(largest):g}"
+            first = np.mean([run["first gradient norm"] for run in runs])
+            norms = [max((norm or np.inf) for norm in run["gradient norm"]) for run in runs]
+            gain = max(max(one or np.inf for one in run["largest gain"]) for run in runs)
+            gains = ABSENT if arm == "residual" else f"{gain:.3g}"
+            loss = losses(runs).mean()
+            rows.append([str(branches), arm, spread, f"{loss:.3f}", f"{first:.2g}", f"{np.mean(norms):.2g}", gains])
+    header = ["branches", "arm", "largest rate", f"bits per byte at {FULL.deep_rate:g}"]
+    return recorded_table([*header, "gradient norm, first", "largest", "largest gain"], rows)
+
+
+def maps_table(records: Mapping[str, Any]) -> str:
+    """How far maps moved in training, and how different the streams are that they left."""
+    content = records.get(RESULT.name, {"runs": []})
+    rows = []
+    for arm in recorded(content):
+        runs = [run for run in of(content, "arms", arm) if "moved" in run]
+        if not runs:
+            continue
+        moved = [f"{np.mean([run['moved'][part] for run in runs]):.2g}" for part in ("H_res", "H_pre", "H_post")]
+        away, rank, cosine = (
+            np.mean(np.array([run[name] for run in runs], float)) for name in ("from identity", "rank", "similarity")
+        )
+        alike = ABSENT if np.isnan(cosine) else f"{cosine:.2f}"  # of a single stream
+        rows.append([arm, *moved, f"{away:.2g}", f"{rank:.2f}", alike])
+    return recorded_table(["arm", "H_res moved", "H_pre", "H_post", "H_res from identity", "rank", "cosine"], rows)
+
+
+def draw(content: Mapping[str, Any], path: Path) -> None:
+    """Every arm over the residual network, with intervals: of the main comparison, and of the one that confirms it."""
+    arms = [arm for arm in recorded(content) if arm != "residual"]
+    figure, axis = plt.subplots(figsize=(9, 1.1 + 0.3 * len(arms)), layout="constrained")
+    for place, arm in enumerate(reversed(arms)):
+        color = {"residual": "tab:gray", "history": "tab:green"}.get(arm.split(",")[0], "tab:blue")
+        for part, above, face in (("arms", 0.1, "white"), ("confirm", -0.15, color)):
+            if found := paired(content, arm, "residual", part):
+                mean, half = found
+                axis.errorbar(mean, place + above, xerr=half, fmt="o", color=color, markerfacecolor=face, capsize=3)
+    axis.set_yticks(range(len(arms)), list(reversed(arms)))
+    axis.axvline(0, color="black", linewidth=1)
+    title = f"95% intervals: hollow, {len(FULL.seeds)} seeds; full, {len(FULL.confirm_seeds)} other seeds"
+    axis.set(xlabel="held-out bits per byte, over the residual network (less is better)", title=title)
+    axis.grid(axis="x", alpha=0.3)
+    _save(figure, path)
+
+
+def draw_depth(content: Mapping[str, Any], path: Path) -> None:
+    """Gains, gradient norms and losses on the way, of deep networks at the rate that all were tried with."""
+    parts = [f"{branches} branches" for branches in FULL.deep]
+    parts = [part for part in parts if of(content, part, DEEP[0])] or parts[:1]
+    figure, axes = plt.subplots(len(parts), 3, figsize=(12, 3.4 * len(parts)), layout="constrained", squeeze=False)
+    for part, row in zip(parts, axes, strict=True):
+        for arm, color in zip(DEEP, plt.get_cmap("tab10").colors, strict=False):  # type: ignore[attr-defined]
+            runs = of(content, part, arm, FULL.deep_rate)
+            for axis, name in zip(row, ("largest gain", "gradient norm", "training loss"), strict=True):
+                for run in runs:
+                    values = np.array(run[name], float)
+                    steps = FULL.deep[int(part.split()[0])].every * (1 + np.arange(len(values)))
+                    axis.plot(steps, values, color=color, alpha=0.8, label=arm if run is runs[0] else None)
+                axis.set(xlabel="step", ylabel=name, title=part)
+        row[0].set_yscale("log")
+        row[1].set_yscale("log")
+    figure.legend(*axes[0][2].get_legend_handles_labels(), loc="outside lower center", ncols=len(DEEP), frameon=False)
+    _save(figure, path)
+
+
+def draw_patterns(content: Mapping[str, Any], path: Path) -> None:
+    """Mean maps of every branch after training from seed 0."""
+    found = {arm: of(content, "arms", arm)[0] for arm in recorded(content)}
+    found = {
+        arm: run["patterns"] for arm, run in found.items() if len(run.get("patterns", {"H_pre": [[]]})["H_pre"][0]) == 4
+    }
+    names = [arm for arm in ("mHC", "mHC, mixed", "mHC, maps at 10 times the rate", "HC") if arm in found]
+    figure, axes = plt.subplots(len(names), 3, figsize=(11, 1.9 * len(names)), layout="constrained", squeeze=False)
+    for arm, row in zip(names, axes, strict=True):
+        for axis, (name, values) in zip(
+            row, sorted(found[arm].items(), key=lambda one: one[0] == "H_res"), strict=True
+        ):
+            matrix = np.array(values)
+            shape = matrix.transpose(1, 0, 2).reshape(4, -1) if name == "H_res" else matrix.T
+            limit = float(abs(shape).max())
+            image = axis.imshow(shape, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+            figure.colorbar(image, ax=axis)
+            axis.set_xticks(range(0, shape.shape[1], 4 if name == "H_res" else 1), range(len(matrix)))
+            axis.set(title=f"{arm}: {name}", xlabel="branch", ylabel="new stream" if name == "H_res" else "stream")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+TABLES = {
+    "arms": arms_table,
+    "pairs": pairs_table,
+    "depth": depth_table,
+    "maps": maps_table,
+    "long": long_table,
+}
+FIGURES = [(draw, RESULT, FIGURE), (draw_depth, RESULT, DEPTH), (draw_patterns, RESULT, PATTERNS)]
