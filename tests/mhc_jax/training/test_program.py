@@ -251,6 +251,9 @@ def test_the_folder_of_another_run_is_refused(text):
         ),
         (lambda: TrainingConfig(data=DataConfig(held_out=0.0)), "held_out must be above 0, or evaluation.batches 0"),
         (lambda: TrainingConfig(placement="random"), "placement must be one of"),
+        (lambda: TrainingConfig(tensor=0), "tensor must be finite and at least 1"),
+        (lambda: TrainingConfig(tensor=4), "model.sizes.num_heads must be a multiple of tensor=4, got 6"),
+        (lambda: TrainingConfig(sequence=3), "data.length must be a multiple of tensor=1 times sequence=3, got 128"),
         (lambda: TrainingConfig(seed=-1), "seed must be in"),
     ],
 )
