@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import quality, starts, stream_gain
+from benchmarks import decoder, plans, quality, starts, stream_gain
 from benchmarks.accelerators import pages
 from benchmarks.record import RESULTS
 
@@ -210,8 +210,13 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "starts": starts_table,
     "tpu": partial(pages.shown, platform="tpu"),
     "gpu": partial(pages.shown, platform="cuda"),
+    "plans": plans.table,
+    "decoder": decoder.table,
 }
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("quality", "streams", "performance"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("quality", "streams", "performance", "scaling")),
+]
 FIGURES = [(quality.draw, quality.RESULT, quality.FIGURE), (stream_gain.draw, stream_gain.RESULT, stream_gain.FIGURE)]
 
 
