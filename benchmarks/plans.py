@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.record import RESULTS
 from benchmarks.timing import write_json
 from mhc_jax.models import DecoderConfig
+from mhc_jax.models.decoder import REMAT_NAMES
 from mhc_jax.training.config import DataConfig, ModelConfig, TrainingConfig
 from mhc_jax.training.plan import plan
 
@@ -31,16 +32,17 @@ SIZES = {
 CONNECTIONS: dict[str, dict[str, Any]] = {
     "residual": {"connection": "residual"},
     "history, H = 4": {"connection": "history"},
-    "streams, n = 4": {"connection": "streams", "block_length": 8, "implementation": "pallas"},
+    "streams, n = 4": {"connection": "streams", "block_length": 4, "implementation": "pallas"},
 }
-KEPT = ("attention", "attention_out", "mlp_out")
 # Target, devices, and rows of 4096 tokens on each of them.
 PLACES = {"7 B": ("v5p:2x2x4", 16, 4), "27 B": ("v5p:8x8x4", 256, 4)}
+# Of each layer, as much as there is room for.
+KEPT = {"7 B": REMAT_NAMES, "27 B": ("attention", "attention_out", "mlp_out")}
 
 
 def config(size: str, connection: str) -> TrainingConfig:
     _, devices, rows = PLACES[size]
-    model = ModelConfig(SIZES[size], dtype="bfloat16", remat=KEPT, **CONNECTIONS[connection])
+    model = ModelConfig(SIZES[size], dtype="bfloat16", remat=KEPT[size], **CONNECTIONS[connection])
     return TrainingConfig(model=model, data=DataConfig(length=LENGTH, batch=rows * devices))
 
 

@@ -67,30 +67,36 @@ def check(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found[0], expected[0])
 
 
+def check_states(program, placed):
+    """No device sees more of states and streams than its tokens; the shapes of all its arrays."""
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", program)}
+    rows = ROWS * placed.tensor * placed.sequence // jax.device_count()
+    own = LENGTH // (placed.sequence * placed.tensor)
+    assert (rows, own, SIZES.features) in shapes
+    # Of all rows, a device looks up its part of each embedding, before rows are exchanged, and no more.
+    part = SIZES.features // (jax.device_count() // placed.tensor)
+    looked_up = {(ROWS, LENGTH, part), (ROWS * LENGTH, part), (ROWS * LENGTH, 1, part)}
+    seen = {shape for shape in shapes if shape[:2] == (ROWS, LENGTH) or ROWS * LENGTH in shape}
+    assert not seen - (looked_up if placed.place is fully_sharded else set())
+    streams = {shape[:-2] for shape in shapes if shape[-2:] == (STREAMS, SIZES.features)}
+    streams |= {shape[:-1] for shape in shapes if shape[-1] == STREAMS * SIZES.features}
+    assert all(np.prod(tokens) <= SIZES.depth * rows * own for tokens in streams)
+    return shapes
+
+
 @pytest.mark.parametrize("name", PLACEMENTS)
 @pytest.mark.parametrize("connection", CONNECTIONS)
 def test_every_placement_computes_what_one_device_does_from_parts(connection, name, on_one_device):
     placed = PLACEMENTS[name]
     *found, program = step(connection, placed)
     check(found, on_one_device[connection])
-    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", program)}
-    tensor, sequence = placed.tensor, placed.sequence
-    rows = ROWS * tensor * sequence // jax.device_count()
-    assert (rows, LENGTH // (sequence * tensor), SIZES.features) in shapes
-    # Of all rows, a device looks up its part of each embedding, before rows are exchanged, and no more.
-    part = SIZES.features // (jax.device_count() // tensor)
-    looked_up = {(ROWS, LENGTH, part), (ROWS * LENGTH, part), (ROWS * LENGTH, 1, part)}
-    seen = {shape for shape in shapes if shape[:2] == (ROWS, LENGTH) or ROWS * LENGTH in shape}
-    assert not seen - (looked_up if placed.place is fully_sharded else set())
-    # Streams are nowhere those of another device's tokens.
-    streams = {shape for shape in shapes if shape[-2:] == (STREAMS, SIZES.features)}
-    assert all(np.prod(shape[:-2]) <= SIZES.depth * rows * LENGTH // (sequence * tensor) for shape in streams)
+    shapes = check_states(program, placed)
     # Of heads, MLP and vocabulary a device has its part, in parameters and in states, and of one layer at a time.
     wide = (SIZES.mlp_features, SIZES.vocabulary, SIZES.num_heads * SIZES.head_width)
     gathered = {s for s in shapes for length in wide if length in s and np.prod(s) >= length * SIZES.features}
-    assert tensor == 1 or not gathered
+    assert placed.tensor == 1 or not gathered
     if placed.place is fully_sharded:
-        inner = SIZES.mlp_features // tensor
+        inner = SIZES.mlp_features // placed.tensor
         assert not {(SIZES.depth, SIZES.features, inner), (SIZES.depth, inner, SIZES.features)} & shapes
 
 
@@ -113,8 +119,10 @@ def test_parameters_are_split_by_their_names_and_what_has_none_by_its_longest_ax
 
 
 def test_kernels_run_on_the_tokens_of_each_device(on_one_device):
-    *found, _ = step("streams", PLACEMENTS["all"], implementation="pallas")
+    placed = PLACEMENTS["all"]
+    *found, program = step("streams", placed, implementation="pallas")
     check(found, on_one_device["streams"])
+    check_states(program, placed)
 
 
 def test_fused_attention_runs_on_the_rows_queries_and_heads_of_each_device(monkeypatch):
