@@ -21,6 +21,7 @@ from benchmarks.record import QUICK_RESULTS, RESULTS
 SUITES: dict[str, list[tuple[list[str], str]]] = {
     "history": [([], "history-cpu.json")],
     "streams": [([], "streams-cpu.json")],
+    "decoder": [([], "decoder-cpu.json")],
     "torch_front": [([], "torch_front-cpu.json"), (["--compiled"], "torch_front-compiled-cpu.json")],
     "bridge": [(["call"], "bridge-cpu.json"), (["conversion"], "bridge_conversion.json")],
     "quality": [([], "quality-cpu.json")],

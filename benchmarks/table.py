@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import decoder, plans
 from benchmarks.accelerators import pages
 from benchmarks.markdown import ABSENT, markdown
 from benchmarks.quality import report as quality
@@ -145,8 +146,10 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     **{f"quality_{name}": make for name, make in quality.TABLES.items()},
     "tpu": partial(pages.shown, platform="tpu"),
     "gpu": partial(pages.shown, platform="cuda"),
+    "plans": plans.table,
+    "decoder": decoder.table,
 }
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("quality", "performance"))]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("quality", "performance", "scaling"))]
 FIGURES = quality.FIGURES
 
 

@@ -1,6 +1,7 @@
 """Operations that are local to tokens, where the devices of a mesh hold parts of the arrays.
 
-What splits arrays decides who must know of it. On Auto axes it is XLA's partitioner, and nothing is to be done here. On
+What splits arrays decides who must know of it. On Auto axes it is XLA's partitioner, and nothing is to be done here but
+for kernels, which it cannot split: they run on what `mhc_jax.placement` makes a device hold of states. On
 Explicit axes (`jax.make_mesh`) the type of an array says how it is split: `on_parts` runs an operation in
 `jax.shard_map`, each device on the tokens that it holds. There, and in a `jax.shard_map` of the caller's, a type says
 over which axes of the mesh an array varies: `alike` makes arrays vary over the same ones before a function with
@@ -16,6 +17,8 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array
+
+from mhc_jax.placement import auto_axes, mesh_here, partition
 
 Axes = tuple[str, ...]
 
@@ -95,7 +98,7 @@ def feature_axes(array: Any) -> Axes:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
-def on_parts(function: Callable[..., Any], layout: str, *arrays: Any) -> Any:
+def on_parts(function: Callable[..., Any], layout: str, *arrays: Any, implementation: str | None = None) -> Any:
     """`function(*arrays, over=axes)`, on a mesh with Explicit axes each device on the tokens that it holds.
 
     Args:
@@ -106,15 +109,21 @@ def on_parts(function: Callable[..., Any], layout: str, *arrays: Any) -> Any:
             what is split over no axis has any other letter. `nc,m` are n times c rows, a part of the features of each
             of n streams.
         arrays: arrays, or trees of arrays of one layout; None is passed on.
+        implementation: that of the function; "pallas" is for parts on Auto axes, too.
     """
     given, made = (side.split() for side in layout.split("->"))
     first = next(i for i, names in enumerate(given) if names.startswith("..."))
     reference = jax.tree.leaves(arrays[first])[0]
-    axes = explicit_axes(reference)
-    if not axes:
+    axes, sharding = explicit_axes(reference), jax.typeof(reference).sharding
+    lead, auto = reference.ndim - len(given[first]) + 3, mesh_here()
+    if axes:
+        mesh, tokens = sharding.mesh, tuple(sharding.spec[:lead])
+    elif implementation == "pallas" and auto is not None:
+        mesh, axes = auto, tuple(auto_axes(auto))
+        names = ("batch", "sequence", *[None] * lead)[:lead]
+        tokens = tuple(partition(reference.shape, names, auto))
+    else:
         return function(*arrays, over=())
-    sharding = jax.typeof(reference).sharding
-    tokens = sharding.spec[: reference.ndim - len(given[first]) + 3]
     over = feature_axes(reference) if given[first].endswith("c") else ()
 
     def split(names: str) -> PartitionSpec:
@@ -125,10 +134,10 @@ def on_parts(function: Callable[..., Any], layout: str, *arrays: Any) -> Any:
 
     def parted(names: str, array: Any) -> Any:
         if names != "nc,m" or array is None:
-            return jax.tree.map(lambda leaf: _resharded(leaf, sharding.mesh, split(names)), array)
-        whole = _resharded(array, sharding.mesh, PartitionSpec())
+            return jax.tree.map(lambda leaf: _resharded(leaf, mesh, split(names)), array)
+        whole = _resharded(array, mesh, PartitionSpec())
         n = reference.shape[-2]
-        return _resharded(whole.reshape(n, -1, whole.shape[-1]), sharding.mesh, split(names))
+        return _resharded(whole.reshape(n, -1, whole.shape[-1]), mesh, split(names))
 
     def local(*parts: Any) -> Any:
         joined = (
@@ -139,10 +148,10 @@ def on_parts(function: Callable[..., Any], layout: str, *arrays: Any) -> Any:
 
     results = tuple(map(split, made))
     # All axes go without saying, but for those that `jax.vmap` goes over: they are its own.
-    some = set() if len(axes) == len(sharding.mesh.axis_names) else set(axes)
+    some = set() if len(axes) == len(mesh.axis_names) else set(axes)
     mapped = jax.shard_map(
         local,
-        mesh=sharding.mesh,
+        mesh=mesh,
         axis_names=some,
         in_specs=tuple(map(split, given)),
         out_specs=results if len(results) > 1 else results[0],
@@ -151,4 +160,6 @@ def on_parts(function: Callable[..., Any], layout: str, *arrays: Any) -> Any:
 
 
 def _resharded(array: Array, mesh: AbstractMesh, spec: PartitionSpec) -> Array:
+    if AxisType.Explicit not in mesh.axis_types:
+        return array  # `jax.shard_map` moves it
     return jax.sharding.reshard(array, jax.NamedSharding(mesh, spec))

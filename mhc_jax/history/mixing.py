@@ -6,6 +6,7 @@ The window of layer l is the last ``K = min(l + 1, H)`` states, ``x_0`` included
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -109,7 +110,8 @@ def _by_kernel(x: State, states: State, weights: Array) -> State:
     def of_part(*arrays: Array, over: Axes) -> Array:
         return kernel_mix(*alike(*arrays))
 
-    return jax.tree.map(lambda leaf, rows: on_parts(of_part, "... k... k -> ...", leaf, rows, weights), x, states)
+    mixed = partial(on_parts, of_part, "... k... k -> ...", implementation="pallas")
+    return jax.tree.map(lambda leaf, rows: mixed(leaf, rows, weights), x, states)
 
 
 def _by_xla(x: State, states: State, weights: Array) -> State:

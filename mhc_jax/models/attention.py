@@ -12,15 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from mhc_jax.placement import BATCH, splits_batch
+from mhc_jax.placement import auto_axes, mesh_here, part_shape, partition, split
 
 Attention = Literal["plain", "splash", "cudnn"] | None
 
 _LANES = 128  # of a TPU: what the lengths of splash attention's blocks are multiples of
 _BLOCKS = (512, 256, 128)
+_QUERIES = ("batch", "context", "heads")
+_KEYS = ("batch", None, "heads")
 
 
 def attend(
@@ -65,19 +67,27 @@ def attend(
     if mask is not None or chosen == "plain":
         return _plain(q, k, v, _causal(q, segments) if mask is None else mask)
     kernel, takes, what = _KERNELS[chosen]
-    if takes(q):
-        return _on_parts(kernel, q, k, v, segments)
+    part = jax.ShapeDtypeStruct(part_shape(q.shape, *_QUERIES), q.dtype)
+    if takes(part, k):
+        return kernel(q, k, v, segments)
     if implementation is not None:
-        raise ValueError(f"implementation={chosen!r} takes {what}; q is {q.dtype}{list(q.shape)}")
+        each = "" if part.shape == q.shape else f", on a device {list(part.shape)}"
+        raise ValueError(f"implementation={chosen!r} takes {what}; q is {q.dtype}{list(q.shape)}{each}")
     return _plain(q, k, v, _causal(q, segments))
 
 
-def _on_parts(kernel: Any, *arrays: Any) -> Array:
-    """The kernel, each device on its rows: XLA's partitioner cannot split one."""
-    if not splits_batch(arrays[0]):
-        return kernel(*arrays)
-    rows = PartitionSpec(BATCH)
-    return jax.shard_map(kernel, in_specs=rows, out_specs=rows, axis_names={BATCH}, check_vma=False)(*arrays)
+def _on_parts(kernel: Any, q: Array, k: Array, v: Array, segments: Array | None, made: Any, made_spec: Any) -> Array:
+    """`kernel(made, q, k, v, segments of q, segments of k)`, each device on its rows, heads and queries, of all keys.
+
+    XLA's partitioner cannot split a kernel.
+    """
+    mesh = mesh_here()
+    if mesh is None:
+        return kernel(made, q, k, v, segments, segments)
+    queries, keys = (partition(array.shape, names, mesh) for array, names in ((q, _QUERIES), (k, _KEYS)))
+    specs = made_spec, queries, keys, keys, PartitionSpec(*queries[:2]), PartitionSpec(*keys[:2])
+    mapped = jax.shard_map(kernel, in_specs=specs, out_specs=queries, axis_names=auto_axes(mesh), check_vma=False)
+    return mapped(made, q, k, v, segments, segments)
 
 
 def _causal(q: Array, segments: Array | None) -> Bool[Array, "#B T T"]:
@@ -86,20 +96,24 @@ def _causal(q: Array, segments: Array | None) -> Bool[Array, "#B T T"]:
 
 
 def _plain(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    k, v = split(k, *_KEYS), split(v, *_KEYS)
+    grouped = split(q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1]), *_QUERIES)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=dtype) / math.sqrt(q.shape[-1])
+    scores = split(scores, "batch", "heads", None, "context")
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, jnp.finfo(dtype).min))
-    return jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v).reshape(q.shape)
+    mixed = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v)
+    return named(split(mixed.reshape(q.shape), *_QUERIES), "attention")
 
 
 def _splash(q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
-    length, heads = q.shape[1:3]
-    block = next(size for size in _BLOCKS if length % size == 0)
+    mesh, length = mesh_here(), q.shape[1]
+    part = part_shape(q.shape, *_QUERIES)
+    block = next(size for size in _BLOCKS if part[1] % size == 0)
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
+        splash.MultiHeadMask([splash.CausalMask((length, length))] * part[2]),
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=length // part[1],
         block_sizes=splash.BlockSizes(
             block_q=block,
             block_kv=block,
@@ -107,30 +121,48 @@ def _splash(q: Array, k: Array, v: Array, segments: Array | None = None) -> Arra
             block_kv_dkv=block,
             use_fused_bwd_kernel=True,
         ),
-        residual_checkpoint_name="attention",
+        residual_checkpoint_name="attention",  # as it lies in the kernel; a name after it would keep a second copy
     )
+    spec: Any = None
+    if mesh is not None:
+        queries = partition(q.shape, _QUERIES, mesh)[1]
+        spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, queries)))
+    return _on_parts(_splash_of_part, q, k, v, segments, kernel, spec)
+
+
+def _splash_of_part(kernel: Any, q: Array, k: Array, v: Array, of_q: Array | None, of_k: Array | None) -> Array:
     scaled = q * np.asarray(1 / math.sqrt(q.shape[-1]), q.dtype)
     by_head = (jnp.swapaxes(array, 1, 2) for array in (scaled, k, v))
-    numbers = None if segments is None else splash.SegmentIds(segments, segments)
+    numbers = None if of_q is None or of_k is None else splash.SegmentIds(of_q, of_k)
     return jnp.swapaxes(jax.vmap(kernel)(*by_head, numbers), 1, 2)
 
 
 def _cudnn(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+    return named(_on_parts(_cudnn_of_part, q, k, v, segments, (), ()), "attention")
+
+
+def _cudnn_of_part(_: Any, q: Array, k: Array, v: Array, of_q: Array | None, of_k: Array | None) -> Array:
     # The segments alone: that it is causal, cuDNN knows by itself.
-    mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
+    mask = None if of_q is None or of_k is None else (of_q[:, None, :, None] == of_k[:, None, None, :])
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
 
 
+# Whether a kernel takes a device's part of the queries and all keys.
 _KERNELS: dict[str, Any] = {
     "splash": (
         _splash,
-        lambda q: q.shape[1] % _LANES == 0 and q.shape[-1] % 64 == 0 and q.dtype in (jnp.bfloat16, jnp.float32),
+        lambda q, k: q.shape[1] % _LANES == 0 and q.shape[-1] % 64 == 0 and q.dtype in (jnp.bfloat16, jnp.float32),
         f"lengths that are a multiple of {_LANES}, heads of a multiple of 64, float32 or bfloat16",
     ),
     "cudnn": (
         _cudnn,
-        lambda q: q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and q.dtype in (jnp.float16, jnp.bfloat16),
-        "heads of a multiple of 8 up to 128, float16 or bfloat16",
+        lambda q, k: (
+            q.shape[-1] % 8 == 0
+            and q.shape[-1] <= 128
+            and q.dtype in (jnp.float16, jnp.bfloat16)
+            and q.shape[1] == k.shape[1]
+        ),
+        "heads of a multiple of 8 up to 128, float16 or bfloat16, and sequences that no mesh splits",
     ),
 }
 _BY_BACKEND = {"tpu": "splash", "gpu": "cudnn"}

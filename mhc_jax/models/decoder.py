@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float, Int, Key
 
 from mhc_jax.history import History, MHCConfig, mix
@@ -19,7 +20,7 @@ from mhc_jax.models.sampling import check_sampling, generate
 from mhc_jax.nn.hyper_connections import ConnectionMaps, StreamStack
 from mhc_jax.nn.stack import MHCStack
 from mhc_jax.options import resolve
-from mhc_jax.placement import split_batch
+from mhc_jax.placement import PARAMETERS, at_hand, split
 from mhc_jax.streams import Connected, Implementation, StreamConfig, expand, reduce
 
 Connection = Literal["residual", "history", "streams"]
@@ -40,10 +41,10 @@ class Attention(nnx.Module):
         self.config, self.implementation = config, attention
         kind = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         queries, others = config.num_heads * config.head_width, config.kv_heads * config.head_width
-        self.q_proj = nnx.Linear(config.features, queries, **kind)
-        self.k_proj = nnx.Linear(config.features, others, **kind)
-        self.v_proj = nnx.Linear(config.features, others, **kind)
-        self.o_proj = nnx.Linear(queries, config.features, **kind)
+        self.q_proj = nnx.Linear(config.features, queries, promote_dtype=_placed("q_proj"), **kind)
+        self.k_proj = nnx.Linear(config.features, others, promote_dtype=_placed("k_proj"), **kind)
+        self.v_proj = nnx.Linear(config.features, others, promote_dtype=_placed("v_proj"), **kind)
+        self.o_proj = nnx.Linear(queries, config.features, promote_dtype=_placed("o_proj"), **kind)
         if config.qk_norm:
             self.q_norm = _norm(config, config.head_width, dtype, param_dtype, rngs)
             self.k_norm = _norm(config, config.head_width, dtype, param_dtype, rngs)
@@ -55,7 +56,8 @@ class Attention(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segments: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T C"]:
-        q, k, v = (_heads(project(x), self.config) for project in (self.q_proj, self.k_proj, self.v_proj))
+        projected = (_heads(project(x), self.config) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (split(heads, "batch", "context", "heads") for heads in projected)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if positions is None:
@@ -64,7 +66,6 @@ class Attention(nnx.Module):
         q, k, v = named(rotate(q, cos, sin), "query"), named(rotate(k, cos, sin), "key"), named(v, "value")
         k, v, seen = (k, v, None) if cache is None else cache.append(k, v)
         mixed = kernels.attend(q, k, v, seen, segments=segments, implementation=self.implementation)
-        mixed = named(mixed, "attention")
         return named(self.o_proj(mixed.reshape(*x.shape[:-1], -1)), "attention_out")
 
 
@@ -73,12 +74,14 @@ class MLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
         kind = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.gate_proj = nnx.Linear(config.features, config.mlp_features, **kind)
-        self.up_proj = nnx.Linear(config.features, config.mlp_features, **kind)
-        self.down_proj = nnx.Linear(config.mlp_features, config.features, **kind)
+        inner, outer = config.mlp_features, config.features
+        self.gate_proj = nnx.Linear(outer, inner, promote_dtype=_placed("gate_proj"), **kind)
+        self.up_proj = nnx.Linear(outer, inner, promote_dtype=_placed("up_proj"), **kind)
+        self.down_proj = nnx.Linear(inner, outer, promote_dtype=_placed("down_proj"), **kind)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        gate, up = named(self.gate_proj(x), "gate"), named(self.up_proj(x), "up")
+        gate, up = (split(project(x), "batch", "context", "mlp") for project in (self.gate_proj, self.up_proj))
+        gate, up = named(gate, "gate"), named(up, "up")
         return named(self.down_proj(nnx.silu(gate) * up), "mlp_out")
 
 
@@ -99,11 +102,11 @@ class DecoderLayer(nnx.Module):
 
     def attend(self, x: States, *context: Any) -> States:
         """The first branch, attention after its norm."""
-        return split_batch(self.self_attn(self.input_layernorm(split_batch(x)), *context))
+        return _state(self.self_attn(_inside(self.input_layernorm(_state(x))), *context))
 
     def transform(self, x: States) -> States:
         """The second branch, SwiGLU after its norm."""
-        return split_batch(self.mlp(self.post_attention_layernorm(split_batch(x))))
+        return _state(self.mlp(_inside(self.post_attention_layernorm(_state(x)))))
 
     def __call__(self, x: States, *context: Any) -> States:
         attended = self.attend(x, *context)
@@ -275,8 +278,8 @@ class Decoder(nnx.Module):
             if given is not None and (given.shape != tokens.shape or not jnp.issubdtype(given.dtype, jnp.integer)):
                 shape = f"{given.dtype}{list(given.shape)}"
                 raise ValueError(f"{name} must be integers of tokens' shape {list(tokens.shape)}, got {shape}")
-        x = self.embed_tokens(tokens)
-        x = split_batch(x.astype(self.state_dtype or x.dtype))
+        x = split(self.embed_tokens(tokens), "batch", None, "looked_up")
+        x = _state(_inside(x.astype(self.state_dtype or x.dtype)))
         if cache is None:
             context = () if positions is None and segments is None else (None, positions, segments)
             return self.norm(self.stack(x, *context))
@@ -369,7 +372,7 @@ class Decoder(nnx.Module):
                 targets = jnp.where(segments[:, 1:] == segments[:, :-1], targets, -1)
                 segments = segments[:, :-1]
         hidden = self.hidden(tokens, positions=positions, segments=segments)
-        return cross_entropy(hidden, self.output_kernel, targets, chunk=chunk)
+        return cross_entropy(_inside(hidden), self.output_kernel, targets, chunk=chunk)
 
     @property
     def output_kernel(self) -> Float[Array, "C V"]:
@@ -403,8 +406,29 @@ def as_connection(connection: Any, options: dict[str, Any]) -> MHCConfig | Strea
     return config
 
 
+def _state(x: States) -> States:
+    """What passes between branches, where a mesh wants it."""
+    return split(x, "batch", "sequence")
+
+
+def _inside(x: States) -> States:
+    """The same as a branch reads it, all of whose devices have the tokens that they compute a part of."""
+    return split(x, "batch", "context")
+
+
 def _heads(x: Array, config: DecoderConfig) -> Array:
     return x.reshape(*x.shape[:-1], -1, config.head_width)
+
+
+@cache  # the same function, so that modules are equal
+def _placed(name: str) -> Any:
+    """What brings the arrays of a layer of this name to one dtype, and its kernel to where it is used."""
+
+    def promoted(arrays: tuple[Any, ...], *, dtype: Any = None) -> tuple[Any, ...]:
+        x, kernel, bias = promote_dtype(arrays, dtype=dtype)
+        return x, at_hand(kernel, *PARAMETERS[f"{name}/kernel"]), bias
+
+    return promoted
 
 
 def _norm(config: DecoderConfig, features: int, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:

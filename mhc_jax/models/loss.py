@@ -73,7 +73,7 @@ def _total_fwd(hidden: Array, kernel: Array, targets: Array, chunk: int) -> tupl
 
     start = (_zero(hidden), jnp.zeros(kernel.shape, wide))
     (total, d_kernel), d_hidden = jax.lax.scan(step, start, _split(hidden, targets, chunk))
-    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, : hidden.shape[1]]
+    d_hidden = jnp.moveaxis(d_hidden, 0, 2).reshape(hidden.shape[0], -1, hidden.shape[2])[:, : hidden.shape[1]]
     return total, (d_hidden, d_kernel.astype(kernel.dtype))
 
 
@@ -99,15 +99,16 @@ def _of_chunk(hidden: Array, targets: Array, weight: Array) -> tuple[Array, Arra
 
 
 def _split(hidden: Array, targets: Array, chunk: int) -> tuple[Array, Array]:
-    """As (chunks, B, chunk, ...): the batch may be split over devices, and stays an axis of its own.
+    """As (chunks, B, chunk, ...): each chunk has every so many-th position.
 
-    What fills the last chunk does not count.
+    Batch and positions may be split over devices; so each of them has its part of every chunk, and nothing moves. What
+    fills the positions up does not count.
     """
     missing = -hidden.shape[1] % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, missing), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, missing)), constant_values=-1)
-    split = (array.reshape(len(array), -1, chunk, *array.shape[2:]) for array in (hidden, targets))
-    one, other = (jnp.moveaxis(array, 1, 0) for array in split)
+    parts = (array.reshape(len(array), chunk, -1, *array.shape[2:]) for array in (hidden, targets))
+    one, other = (jnp.moveaxis(array, 2, 0) for array in parts)
     return one, other
 
 

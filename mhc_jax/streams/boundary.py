@@ -182,7 +182,8 @@ def _checked(
 
     streams_and_phi = ("...f", "fm") if streams.ndim == output.ndim else ("...nc", "nc,m")
     layout = "{1} a m {0} ...c ...n ...nn -> {0} ...c ...n ...nn".format(*streams_and_phi)
-    new, x, next_post, next_res = on_parts(of_part, layout, *params, streams, output, post, res)
+    arrays = *params, streams, output, post, res
+    new, x, next_post, next_res = on_parts(of_part, layout, *arrays, implementation=implementation)
     return new, x, next_post, next_res if CONSTRAINTS[config.constraint].mixes else None
 
 

@@ -68,7 +68,9 @@ def read(
         few = without(varying(streams), over)
         return _read(phi, *vary(few, (alpha, bias)), streams, config, implementation, over)
 
-    x, post, res = on_parts(of_part, "nc,m a m ...nc -> ...c ...n ...nn", *params, streams)
+    x, post, res = on_parts(
+        of_part, "nc,m a m ...nc -> ...c ...n ...nn", *params, streams, implementation=implementation
+    )
     return x, post, res if CONSTRAINTS[config.constraint].mixes else None
 
 
@@ -85,7 +87,7 @@ def collapse(
     def of_part(streams: Array, pre: Array, over: Axes) -> Array:
         return _collapse(pre, streams, implementation)
 
-    return on_parts(of_part, "...nc ...n -> ...c", streams, pre)
+    return on_parts(of_part, "...nc ...n -> ...c", streams, pre, implementation=implementation)
 
 
 def _collapse(pre: Array, streams: Array, implementation: Implementation) -> Array:
@@ -208,7 +210,8 @@ def write(
         return _write(*alike(*arrays), implementation)
 
     layout = "...nc ...c ...n ...nn -> ...nc"
-    return on_parts(of_part, layout, streams, fitted(output, streams.dtype), post, res)
+    arrays = streams, fitted(output, streams.dtype), post, res
+    return on_parts(of_part, layout, *arrays, implementation=implementation)
 
 
 def fitted(output: Float[Array, "*tokens C"], dtype: Any) -> Float[Array, "*tokens C"]:
@@ -321,7 +324,9 @@ def maps_alone(
     def of_part(phi: Array | None, alpha: Array | None, bias: Array, streams: Array, over: Axes) -> tuple[Array, ...]:
         return tuple(maps(StreamParams(phi, alpha, bias), streams, config, over, implementation))
 
-    pre, post, res = on_parts(of_part, "nc,m a m ...nc -> ...n ...n ...nn", *params, streams)
+    pre, post, res = on_parts(
+        of_part, "nc,m a m ...nc -> ...n ...n ...nn", *params, streams, implementation=implementation
+    )
     return pre, post, res if CONSTRAINTS[config.constraint].mixes else None
 
 
@@ -384,4 +389,4 @@ def head(
         normalized = normalized_logits(phi, streams, config, implementation, over)
         return _collapse(read_weights(alpha * normalized + bias, config), streams, implementation)
 
-    return on_parts(of_part, "nc,m a m ...nc -> ...c", *params, streams)
+    return on_parts(of_part, "nc,m a m ...nc -> ...c", *params, streams, implementation=implementation)

@@ -106,9 +106,10 @@ def _scan(
         result = function(shared, params, carry)
         return result if carries else (result, None)
 
+    if policy is not None:
+        # Of a layer inside a block, too: or all that the derivatives of its layers need would be there at once.
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     if block_length == 1:
-        if policy is not None:
-            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
         return jax.lax.scan(step, carry, params)
 
     def block(carry: Any, params: Any) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from mhc_jax.models import Decoder
 from mhc_jax.monitoring.diagnostics import diagnose
+from mhc_jax.placement import BATCH
 from mhc_jax.training.config import TrainingConfig
 from mhc_jax.training.optimizer import make_optimizer
 from mhc_jax.training.sharding import fully_sharded, replicated
@@ -57,6 +58,9 @@ class Assembly(NamedTuple):
 def assemble(config: TrainingConfig, mesh: Mesh) -> Assembly:
     """The parts of a run on this mesh, whose devices may be absent.
 
+    Args:
+        mesh: `data_mesh(config.tensor, config.sequence)`.
+
     Raises:
         ValueError: the batch does not divide over the devices, or the optimizer names parameters that are not there.
 
@@ -66,7 +70,7 @@ def assemble(config: TrainingConfig, mesh: Mesh) -> Assembly:
         >>> assemble(TrainingConfig(data=DataConfig(batch=jax.device_count())), data_mesh()).parameters
         10818756
     """
-    devices, parts = mesh.size, config.optimizer.accumulate
+    devices, parts = mesh.shape[BATCH], config.optimizer.accumulate
     if config.data.batch % (devices * parts):
         each = f"{devices} devices" + (f" times optimizer.accumulate={parts}" if parts > 1 else "")
         raise ValueError(f"data.batch must be a multiple of {each}, got {config.data.batch}")

@@ -259,6 +259,8 @@ class TrainingConfig:
         model, data, optimizer, evaluation, checkpoints, processes: see there.
         placement: "fully_sharded" splits parameters and optimizer over all devices, "replicated" has all of them on
             each. Batches are split either way.
+        tensor: how many devices share the heads, the MLP features and the vocabulary of the same rows.
+        sequence: how many devices share the tokens of a row, for long texts. Of a row they have all keys and values.
         log_every: updates from one report to the next.
         dashboard: whether reports have figures of every connection.
         tensorboard: whether reports go to TensorBoard, too, in the same folder.
@@ -284,6 +286,8 @@ class TrainingConfig:
     checkpoints: CheckpointConfig = CheckpointConfig()
     processes: ProcessConfig = ProcessConfig()
     placement: Literal["replicated", "fully_sharded"] = "fully_sharded"
+    tensor: int = 1
+    sequence: int = 1
     log_every: int = 10
     dashboard: bool = True
     tensorboard: bool = False
@@ -292,7 +296,16 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_choice("placement", self.placement, ("replicated", "fully_sharded"))
-        _at_least(self, 1, "steps", "log_every")
+        _at_least(self, 1, "steps", "log_every", "tensor", "sequence")
+        sizes = self.model.sizes
+        split = {"num_heads": sizes.num_heads, "num_kv_heads": sizes.kv_heads}
+        split |= {"mlp_features": sizes.mlp_features, "vocabulary": sizes.vocabulary}
+        for name, length in split.items():
+            if length % self.tensor:
+                raise ValueError(f"model.sizes.{name} must be a multiple of tensor={self.tensor}, got {length}")
+        if self.data.length % (self.tensor * self.sequence):
+            shared = f"tensor={self.tensor} times sequence={self.sequence}"
+            raise ValueError(f"data.length must be a multiple of {shared}, got {self.data.length}")
         if self.optimizer.warmup > self.steps:
             raise ValueError(f"optimizer.warmup must be at most steps={self.steps}, got {self.optimizer.warmup}")
         if self.data.batch % self.optimizer.accumulate:

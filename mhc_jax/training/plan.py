@@ -11,24 +11,36 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.extend.core import Var
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from mhc_jax.models.decoder import REMAT_NAMES
 from mhc_jax.placement import BATCH
-from mhc_jax.training.assembly import PLACEMENTS, assemble
+from mhc_jax.training.assembly import Assembly, assemble, language_loss
 from mhc_jax.training.config import TrainingConfig, load_config
+from mhc_jax.training.sharding import data_mesh
+from mhc_jax.training.step import TrainState
 from mhc_jax.training.throughput import flops_per_token, peak
 
 REMATS = (None, REMAT_NAMES, ("attention", "attention_out", "mlp_out"), ())
 BLOCK_LENGTHS = (1, 2, 4)
+# Of four devices, as a host of TPUs has: placement, tensor, sequence.
+PLACED: tuple[tuple[Literal["replicated", "fully_sharded"], int, int], ...] = (
+    ("replicated", 1, 1),
+    ("fully_sharded", 1, 1),
+    ("replicated", 4, 1),
+    ("fully_sharded", 4, 1),
+    ("fully_sharded", 1, 4),
+)
 # Cycles a second of the matrix units, by the start of `device_kind`: published peaks, and what a unit does in a cycle.
 _CLOCKS = {"TPU v5 lite": 1.5e9, "TPU v5": 1.75e9, "TPU v6": 1.75e9, "TPU7x": 2.2e9}
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
@@ -41,7 +53,8 @@ class Plan:
 
     Attributes:
         complaint: why it does not fit; "" if it does, and then there is the rest.
-        memory: bytes of parameters, optimizer and batch, and of all that lives only within a step.
+        memory: bytes of parameters and optimizer, of what the forward pass keeps for the backward pass, and of the
+            rest: gradients, gathered parameters, the arrays at hand.
         seconds: of a step, by the compiler's cycles of each instruction; waiting for other devices is not in it, and
             what kernels of Pallas take is not.
         fraction: of the peak, of the decoder's own operations in that time; None where cycles or peak are not known.
@@ -60,7 +73,7 @@ class Plan:
         if self.complaint:
             return f"does not fit: {self.complaint}"
         lines = [f"fits: {sum(self.memory.values()) / 2**30:.2f} GiB a device"]
-        lines += [f"  {name:<12} {size / 2**30:8.2f} GiB" for name, size in self.memory.items()]
+        lines += [f"  {name:<18} {size / 2**30:8.2f} GiB" for name, size in self.memory.items()]
         if self.seconds is not None:
             lines.append(
                 f"  a step takes {self.seconds:.4g} s by the compiler's cycles, without collectives and kernels"
@@ -84,13 +97,14 @@ def plan(config: TrainingConfig, target: str) -> Plan:
         ValueError: it does not know the topology, or the batch does not divide over it.
     """
     devices = _devices(target)
-    mesh = Mesh(np.array(devices), (BATCH,), axis_types=(AxisType.Auto,))
+    mesh = data_mesh(config.tensor, config.sequence, devices)
     if config.model.attention is None:
         config = _changed(config, attention="splash")
     assembly = assemble(config, mesh)
     rows = (config.data.batch, config.data.length + 1)
     tokens = jax.ShapeDtypeStruct(rows, np.int32, sharding=NamedSharding(mesh, PartitionSpec(BATCH)))
-    traced = assembly.make_step().trace(assembly.shapes, {"tokens": tokens, "segments": tokens})
+    batch = {"tokens": tokens, "segments": tokens}
+    traced = assembly.make_step().trace(assembly.shapes, batch)
     try:
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -105,26 +119,62 @@ def plan(config: TrainingConfig, target: str) -> Plan:
     flops = flops_per_token(config.model.sizes, config.data.length) * config.data.batch * config.data.length / mesh.size
     most = peak(kind)
     state = assembly.shapes
-    memory = {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state)}
     analysis = compiled.memory_analysis()
-    memory["batch"] = max(analysis.argument_size_in_bytes - sum(memory.values()), 0)
-    memory["a step"] = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    whole = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    whole += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    memory = {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state)}
+    left = whole - sum(memory.values())
+    kept = min(kept_for_backward(assembly, batch), left)
+    memory |= {"kept for backward": kept, "the rest": left - kept}
     fraction = None if seconds is None or most is None else flops / seconds / most
     return Plan("", memory, seconds, flops, fraction, collectives)
 
 
+def kept_for_backward(assembly: Assembly, batch: Any) -> int:
+    """Bytes, of one device, that derivatives of the loss need of its forward pass beside the parameters.
+
+    As JAX parts the two passes, and `mhc_jax.placement` the arrays: evenly.
+    """
+
+    def pullback(state: TrainState, batch: Any) -> Any:
+        def loss(params: Any) -> Array:
+            return language_loss(replace(state, params=params).model, batch)[0]
+
+        return jax.vjp(loss, state.params)[1]
+
+    state = assembly.shapes
+    mesh = jax.tree.leaves(assembly.shardings)[0].mesh
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        program = jax.make_jaxpr(pullback)(state, batch).jaxpr
+    # Nothing that is there anyway, and no parameter in another dtype, or of blocks of layers.
+    sizes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
+    kept = {var for var in program.outvars if isinstance(var, Var)} - set(program.invars)
+    arrays: list[Any] = [var.aval for var in kept]
+    parts = mesh.size * assembly.config.optimizer.accumulate
+    return sum(prod(one.shape) * one.dtype.itemsize for one in arrays if not _forms(one.shape) & sizes) // parts
+
+
+def _forms(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """The shape, and that of its first two axes in one."""
+    return {shape, (prod(shape[:2]), *shape[2:])}
+
+
 def search(config: TrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
-    """Configs of the same function that keep more or less for the backward pass, and split parameters or not.
+    """Configs of the same function that keep more or less for the backward pass, and are placed in other ways.
 
     Example:
         >>> len(list(search(TrainingConfig())))
-        16
+        24
     """
     blocks = BLOCK_LENGTHS if config.model.connection == "streams" else (1,)
-    for placement, remat, block in itertools.product(PLACEMENTS, REMATS, blocks):
-        if config.model.sizes.depth % block == 0 or block == 1:
-            name = f"placement={placement} remat={remat} block_length={block}"
-            yield name, _changed(dataclasses.replace(config, placement=placement), remat=remat, block_length=block)
+    for (placement, tensor, sequence), remat, block in itertools.product(PLACED, REMATS, blocks):
+        try:
+            placed = replace(config, placement=placement, tensor=tensor, sequence=sequence)
+        except ValueError:  # sizes that they do not divide
+            continue
+        if config.model.sizes.depth % block == 0:
+            name = f"placement={placement} tensor={tensor} sequence={sequence} remat={remat} block_length={block}"
+            yield name, _changed(placed, remat=remat, block_length=block)
 
 
 def read(program: str) -> tuple[int, dict[str, tuple[int, int]]]:
@@ -201,7 +251,7 @@ def _bytes(tree: Any) -> int:
 
 
 def _changed(config: TrainingConfig, **model: Any) -> TrainingConfig:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+    return replace(config, model=replace(config.model, **model))
 
 
 def _devices(target: str) -> Any:
@@ -228,14 +278,18 @@ def main() -> int:
     try:
         config = load_config(given.config)
         if given.batch is not None:
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch=given.batch))
+            config = replace(config, data=replace(config.data, batch=given.batch))
         if not given.search:
             made = plan(config, given.target)
             print(made)
             return int(bool(made.complaint))
+        _devices(given.target)
         tried = []
         for name, changed in search(config):
-            made = plan(changed, given.target)
+            try:
+                made = plan(changed, given.target)
+            except ValueError as error:  # this placement's parts do not divide the batch
+                made = Plan(str(error))
             print(f"{name}\n{made}", flush=True)
             if not made.complaint:
                 tried.append((made.seconds or 0.0, name))

@@ -56,7 +56,7 @@ class Run:
     """
 
     def __init__(self, config: TrainingConfig) -> None:
-        self.config, self.mesh = config, data_mesh()
+        self.config, self.mesh = config, data_mesh(config.tensor, config.sequence)
         self.assembly = assemble(config, self.mesh)
         self.rows, self.training = open_data(config.data, config.model.sizes.vocabulary)
         self._process = {"process": jax.process_index(), "processes": jax.process_count()}

@@ -1,12 +1,17 @@
 """What is read from a compiled program, what a search tries, and what is refused."""
 
 import sys
+from dataclasses import replace
 
+import jax
+import numpy as np
 import pytest
 
 from mhc_jax.models import DecoderConfig
 from mhc_jax.training import plan
-from mhc_jax.training.config import ModelConfig, TrainingConfig
+from mhc_jax.training.assembly import assemble
+from mhc_jax.training.config import DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from mhc_jax.training.sharding import data_mesh
 
 PROGRAM = """
 %inner (p: f32[8]) -> f32[8] {
@@ -43,13 +48,40 @@ def test_loops_count_as_often_as_they_run_and_what_is_fused_counts_once():
 
 
 def test_a_search_changes_what_is_kept_and_where_and_not_the_function():
-    sizes = DecoderConfig(256, features=8, mlp_features=8, depth=6, num_heads=1)
+    sizes = DecoderConfig(256, features=8, mlp_features=8, depth=6, num_heads=4)
     given = TrainingConfig(model=ModelConfig(sizes))
     configs = [config for _, config in plan.search(given)]
     assert {config.model.block_length for config in configs} == {1, 2}
-    assert {config.placement for config in configs} == {"replicated", "fully_sharded"}
-    assert len({(c.model.remat, c.model.block_length, c.placement) for c in configs}) == len(configs) == 16
+    placed = {(config.placement, config.tensor, config.sequence) for config in configs}
+    assert placed == set(plan.PLACED)
+    assert len({(c.model.remat, c.model.block_length, c.placement, c.tensor, c.sequence) for c in configs}) == 40
+    assert len(configs) == 40
     assert all((c.model.sizes, c.model.streams, c.data) == (sizes, given.model.streams, given.data) for c in configs)
+    # Three heads are not shared by four devices.
+    odd = TrainingConfig(model=ModelConfig(replace(sizes, num_heads=3, head_dim=2)))
+    assert {config.tensor for _, config in plan.search(odd)} == {1}
+
+
+@pytest.mark.parametrize("connection", ["residual", "streams"])
+def test_what_is_kept_for_the_backward_pass_is_the_states_and_what_remat_names(connection):
+    sizes = DecoderConfig(44, features=32, mlp_features=56, depth=4, num_heads=4, head_dim=6)
+    length, batch = 16, 8
+    state = batch * length * sizes.features * 4 // jax.device_count()
+
+    def kept(remat, accumulate=1):
+        model = ModelConfig(sizes, connection=connection, remat=remat)
+        optimizer = OptimizerConfig(accumulate=accumulate)
+        data = DataConfig(length=length, batch=batch * accumulate)
+        assembly = assemble(TrainingConfig(model=model, data=data, optimizer=optimizer), data_mesh())
+        tokens = jax.ShapeDtypeStruct((batch * accumulate, length + 1), np.int32)
+        return plan.kept_for_backward(assembly, {"tokens": tokens, "segments": tokens})
+
+    least = kept(())
+    streams = 1 if connection == "residual" else 4
+    assert 4 * streams * state <= least < 4 * (streams + 5) * state
+    assert kept(("attention_out",)) == least + sizes.depth * state
+    assert kept(None) > 2 * least
+    assert kept((), accumulate=2) == pytest.approx(least, rel=1e-2)
 
 
 def test_without_libtpu_it_is_one_line(tmp_path, monkeypatch, capsys):
@@ -62,11 +94,12 @@ def test_without_libtpu_it_is_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_a_plan_says_whether_it_fits():
-    memory = {"parameters": 2**30, "a step": 2**31}
+    memory = {"parameters": 2**30, "kept for backward": 2**31}
     said = str(plan.Plan("", memory, 0.25, 1e12, 0.5, {"all-reduce": (3, 2**20)}))
     for part in (
         "fits: 3.00 GiB",
-        "parameters       1.00 GiB",
+        "parameters             1.00 GiB",
+        "kept for backward      2.00 GiB",
         "0.25 s",
         "50.0% of the peak",
         "all-reduce: 3 a step, 1.0",

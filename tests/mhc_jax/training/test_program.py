@@ -59,6 +59,17 @@ def run(config):
     return new.train(new.begin())
 
 
+def end_in_update(update, config):
+    """A run that an error ends in this update."""
+    ended = Run(config)
+    ended._after = lambda state, step: (
+        Run._after(ended, state, step) if step < update else (_ for _ in ()).throw(OSError)
+    )
+    with pytest.raises(OSError):  # noqa: PT011  that of the line above
+        ended.train(ended.begin())
+    ended.checkpoints.wait()
+
+
 def reports(folder, name):
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line[name] for line in lines if name in line}
@@ -128,11 +139,7 @@ def test_a_run_that_goes_on_reports_what_one_run_does(text, capsys):
     run(whole)
     # As long a schedule, and an end in the middle.
     part = config(text, dashboard=False)
-    ended = Run(part)
-    ended._after = lambda state, step: Run._after(ended, state, step) if step < 5 else (_ for _ in ()).throw(OSError)
-    with pytest.raises(OSError):  # noqa: PT011  that of the line above
-        ended.train(ended.begin())
-    ended.checkpoints.wait()
+    end_in_update(5, part)
     assert numbered(part.folder / "checkpoints")[-1].name == "4"
     run(part)
     assert "going on after update 4" in capsys.readouterr().out
@@ -141,6 +148,17 @@ def test_a_run_that_goes_on_reports_what_one_run_does(text, capsys):
     before = (part.folder / "metrics.jsonl").read_text()
     run(part)
     assert (part.folder / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_goes_on_in_another_placement_to_the_same_losses(text):
+    evaluation = EvaluationConfig(every=3, batches=1, sample_length=3)
+    whole = config(text, folder=text.parent / "whole", evaluation=evaluation)
+    run(whole)
+    end_in_update(5, config(text, evaluation=evaluation))
+    run(config(text, evaluation=evaluation, tensor=2, sequence=2))
+    for name in ("train/loss", "evaluation/loss"):
+        moved, stayed = (reports(folder, name) for folder in (text.parent / "run", whole.folder))
+        assert moved == pytest.approx(stayed, rel=1e-4)
 
 
 def test_a_residual_checkpoint_begins_a_run_of_streams(text, capsys):
@@ -253,6 +271,9 @@ def test_the_folder_of_another_run_is_refused(text):
         ),
         (lambda: TrainingConfig(data=DataConfig(held_out=0.0)), "held_out must be above 0, or evaluation.batches 0"),
         (lambda: TrainingConfig(placement="random"), "placement must be one of"),
+        (lambda: TrainingConfig(tensor=0), "tensor must be finite and at least 1"),
+        (lambda: TrainingConfig(tensor=4), "model.sizes.num_heads must be a multiple of tensor=4, got 6"),
+        (lambda: TrainingConfig(sequence=3), "data.length must be a multiple of tensor=1 times sequence=3, got 128"),
         (lambda: TrainingConfig(seed=-1), "seed must be in"),
     ],
 )

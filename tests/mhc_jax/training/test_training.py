@@ -368,3 +368,15 @@ def test_eight_devices_compute_what_one_does(place):
 def test_a_batch_that_does_not_divide_is_named():
     with pytest.raises(ValueError, match=r"'y' of shape \(31,\) must have a multiple of 8 rows"):
         shard_batch({"y": np.zeros(31)}, data_mesh())
+    assert shard_batch(np.zeros(6), data_mesh(tensor=4)).sharding.shard_shape((6,)) == (3,)
+    with pytest.raises(ValueError, match="tensor=3 times sequence=2 must divide the 8 devices"):
+        data_mesh(tensor=3, sequence=2)
+
+
+def test_rows_that_would_lie_on_several_processes_are_refused(monkeypatch):
+    def shared(self):
+        return self.id // 2
+
+    monkeypatch.setattr(type(jax.devices()[0]), "process_index", property(shared))
+    with pytest.raises(ValueError, match="tensor=4 times sequence=1 devices of a row must lie in one process"):
+        data_mesh(tensor=4)
