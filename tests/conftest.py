@@ -10,7 +10,7 @@ import jaxtyping
 import pytest
 from hypothesis import settings
 
-import tests.checked  # noqa: F401  (pytest is told its name, and does not import it)
+import tests.checked  # (pytest is told its name, and does not import it)
 
 # Two xdist workers on two cores: one thread each, or they fight.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -83,13 +83,16 @@ def unchecked(monkeypatch):
                     monkeypatch.setattr(owner, attribute, plain)
 
 
+_WRAPPERS = ("jaxtyping._decorator", tests.checked.__name__)
+
+
 def _plain(value):
-    """What jaxtyping has wrapped."""
+    """What jaxtyping, or `tests.checked` in its place, has wrapped."""
     if isinstance(value, property):
         return value if (get := _plain(value.fget)) is value.fget else property(get, value.fset, value.fdel)
     if isinstance(value, (staticmethod, classmethod)):
         return value if (plain := _plain(value.__func__)) is value.__func__ else type(value)(plain)
-    if not (isinstance(value, FunctionType) and value.__globals__["__name__"] == jaxtyping.jaxtyped.__module__):
+    if not (isinstance(value, FunctionType) and value.__globals__["__name__"] in _WRAPPERS):
         return value
     marks = {name: mark for name, mark in vars(value).items() if name != "__wrapped__"}  # such as those for dynamo
     vars(value.__wrapped__).update(marks)
