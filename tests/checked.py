@@ -23,7 +23,7 @@ _with_shapes = jaxtyping.jaxtyped
 
 
 def _jaxtyped(*, typechecker: Any) -> Callable[[Any], Any]:
-    """`jaxtyping.jaxtyped`, but where no shapes are annotated it does not bind them, which takes up to a third of a test's time.
+    """`jaxtyping.jaxtyped`, but shapes are bound only where some are annotated: that takes a third of some tests' time.
 
     It also reads annotations that are text. A function inside of another would be made ready anew at every call;
     without shapes, mypy alone holds it.
