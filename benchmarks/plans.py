@@ -32,7 +32,7 @@ SIZES = {
 CONNECTIONS: dict[str, dict[str, Any]] = {
     "residual": {"connection": "residual"},
     "history, H = 4": {"connection": "history"},
-    "streams, n = 4": {"connection": "streams", "block_length": 4, "implementation": "pallas"},
+    "streams, n = 4": {"connection": "streams", "implementation": "pallas"},
 }
 # Target, devices, and rows of 4096 tokens on each of them.
 PLACES = {"7 B": ("v5p:2x2x4", 16, 4), "27 B": ("v5p:8x8x4", 256, 4)}
