@@ -1,4 +1,4 @@
-"""What each of two processes of test_sharded.py runs: models sharded or trained side by side, against the same whole."""
+"""What each of two processes of test_sharded.py runs: models sharded or side by side, against the same model whole."""
 
 import copy
 
