@@ -1,7 +1,8 @@
-"""What n residual streams cost: `python -m benchmarks.streams [--quick] [--output FILE]`.
+"""What n residual streams cost: `python -m benchmarks.streams [--device cpu|cuda] [--quick] [--output FILE]`.
 
 Whole Adam steps of a decoder with streams over the residual one of the same framework, all in one
-run in turns: ours in JAX and PyTorch, beside the `hyper-connections` package (its mHC). And Sinkhorn alone.
+run in turns: ours in JAX and PyTorch, beside the `hyper-connections` package (its mHC). And Sinkhorn alone, and the
+boundary of PyTorch by itself (`benchmarks.stream_kernels`). On a GPU (`--device cuda`) those of PyTorch alone.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from torch import nn
 
 import mhc_jax.models as jax_models
 import mhc_torch.models as torch_models
+from benchmarks import stream_kernels
 from benchmarks.record import output_file
 from benchmarks.timing import Spread, environment, interleaved, ratio, write_json
 from mhc_jax.sinkhorn import sinkhorn
@@ -72,9 +74,10 @@ def jax_step(model: nnx.Module, inputs: np.ndarray) -> tuple[Callable[[], Any], 
     return call, memory.temp_size_in_bytes
 
 
-def torch_step(model: nn.Module, inputs: np.ndarray, compile: bool) -> Callable[[], Any]:
+def torch_step(model: nn.Module, inputs: np.ndarray, compile: bool, device: str) -> Callable[[], Any]:
+    model = model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    tokens = torch.from_numpy(inputs)
+    tokens = torch.from_numpy(inputs).to(device)
 
     run: Any = torch.compile(model) if compile else model
 
@@ -82,6 +85,7 @@ def torch_step(model: nn.Module, inputs: np.ndarray, compile: bool) -> Callable[
         optimizer.zero_grad()
         nn.functional.cross_entropy(run(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
         optimizer.step()
+        stream_kernels.synchronize(device)
 
     return call
 
@@ -143,7 +147,7 @@ def torch_decoder(shape: Shape, connection: Connection) -> torch_models.Decoder:
     return torch_models.Decoder(torch_models.DecoderConfig(**sizes(shape)), connection)
 
 
-def measure_jax(shape: Shape, seconds: float) -> dict[str, Any]:
+def measure_jax(shape: Shape, seconds: float, _: str) -> dict[str, Any]:
     inputs = random_tokens(shape)
 
     def model(connection: Connection) -> Any:
@@ -164,7 +168,7 @@ def measure_jax(shape: Shape, seconds: float) -> dict[str, Any]:
     }
 
 
-def measure_torch(shape: Shape, seconds: float, compile: bool) -> dict[str, Any]:
+def measure_torch(shape: Shape, seconds: float, device: str, compile: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     inputs = random_tokens(shape)
     models = {
@@ -172,7 +176,8 @@ def measure_torch(shape: Shape, seconds: float, compile: bool) -> dict[str, Any]
         "mhc_torch": torch_decoder(shape, "streams"),
         "hyper-connections": PackageDecoder(shape),
     }
-    times = interleaved({name: torch_step(model, inputs, compile) for name, model in models.items()}, seconds=seconds)
+    steps = {name: torch_step(model, inputs, compile, device) for name, model in models.items()}
+    times = interleaved(steps, seconds=seconds)
     added = {name: times[name] - times["residual"] for name in ("mhc_torch", "hyper-connections")}
     return {
         "residual step (ms)": Spread.of(1e3 * times["residual"]),
@@ -181,7 +186,7 @@ def measure_torch(shape: Shape, seconds: float, compile: bool) -> dict[str, Any]
     }
 
 
-def measure_sinkhorn(shape: Shape, seconds: float) -> dict[str, Any]:
+def measure_sinkhorn(shape: Shape, seconds: float, _: str) -> dict[str, Any]:
     """Of 128 matrices for every token of a sequence."""
     tokens = 128 * shape["length"]
     logits, cotangent = jax.random.normal(jax.random.key(0), (2, tokens, 4, 4))
@@ -205,7 +210,7 @@ def measure_sinkhorn(shape: Shape, seconds: float) -> dict[str, Any]:
     }
 
 
-def roofline(shape: Shape, seconds: float) -> dict[str, Any]:
+def roofline(shape: Shape, seconds: float, _: str) -> dict[str, Any]:
     """What the streams must move at least in a step, at the rate at which this machine copies that much memory.
 
     Bytes per token and branch, after fusion (arXiv 2512.24880, section 4.3.1): forward reads X twice (maps and input;
@@ -226,29 +231,44 @@ def roofline(shape: Shape, seconds: float) -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, Callable[[Shape, float], dict[str, Any]]] = {
+def measure_boundary(shape: Shape, seconds: float, device: str) -> dict[str, Any]:
+    """Sizes of its own: those of a GPU."""
+    return stream_kernels.measure(device, shape is QUICK_SHAPE or device == "cpu", seconds)
+
+
+PARTS: dict[str, Callable[[Shape, float, str], dict[str, Any]]] = {
     "jax": measure_jax,
     "roofline": roofline,
     "sinkhorn": measure_sinkhorn,
     "torch": partial(measure_torch, compile=False),
     "torch-compiled": partial(measure_torch, compile=True),
+    "torch-boundary": measure_boundary,
 }
+ON_GPU = [part for part in PARTS if part.startswith("torch")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help=f"default: all; on a GPU {', '.join(ON_GPU)}")
     parser.add_argument("--quick", action="store_true", help="a second for each part, small networks only")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of measurement for each part")
     parser.add_argument("--output", type=Path, help="default: the recorded result, of a full run")
     arguments = parser.parse_args()
     shape, seconds = (QUICK_SHAPE, 1.0) if arguments.quick else (SHAPE, arguments.seconds)
-    output = output_file(arguments.output, "streams-cpu.json", full=seconds >= SECONDS)
+    stream_kernels.check_device(device := arguments.device)
+    parts = arguments.parts or (ON_GPU if device == "cuda" else list(PARTS))
+    if device == "cuda" and (unserved := [part for part in parts if part not in ON_GPU]):
+        parser.error(f"--parts {' '.join(unserved)}: with --device cuda it must be of {', '.join(ON_GPU)}")
+    output = output_file(arguments.output, f"streams-{device}.json", full=seconds >= SECONDS)
     record = json.loads(output.read_text()) if output.exists() else {}
-    record["environment"] = environment("flax", "torch", "hyper-connections")
+    packages = "flax", "torch", "triton", "hyper-connections", "liger_kernel", "transformer_engine"
+    record["environment"] = environment(*packages)
+    if device == "cuda":
+        record["environment"]["devices"] = [torch.cuda.get_device_name()]
     record["shape"] = shape | {"branches": 2 * shape["depth"], "batch": 1, "streams": STREAMS}
-    for part in arguments.parts:
-        record[part] = PARTS[part](shape, seconds)
+    for part in parts:
+        record[part] = PARTS[part](shape, seconds, device)
         print(part, *(f"  {key}: {value}" for key, value in record[part].items()), sep="\n", flush=True)
         write_json(output, record)
 

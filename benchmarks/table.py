@@ -82,6 +82,11 @@ def history_table(records: Mapping[str, Any]) -> str:
             ["`mhc` 0.5.5", "residual in PyTorch", *in_torch(FRONT, "published")],
             ["`mhc` 0.5.5", "`mhc_torch`", *in_torch(FRONT, "published", "time over mhc_torch")],
             ["`mhc_torch`, torch.compile", "residual, torch.compile", *in_torch(COMPILED, "mhc_torch")],
+            [
+                "`mhc_torch`, torch.compile",
+                "residual with as many parameters, torch.compile",
+                *in_torch(COMPILED, "mhc_torch", "time over as many parameters"),
+            ],
         ],
     )
 

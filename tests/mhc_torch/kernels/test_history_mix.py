@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from mhc_torch import MHCSequential, MHCSkip, native
+from mhc_torch.kernels import choice
 from mhc_torch.kernels import history_mix as kernels
-from mhc_torch.kernels import triton_history
 
 CASES = [
     (4, (3, 5), torch.float32),
@@ -112,6 +113,12 @@ def test_a_sum_by_itself_mixes_by_kernels(launched, monkeypatch):
         torch.testing.assert_close(found, expected)
 
 
-def test_a_window_has_at_most_as_many_states_as_a_kernel_takes():
-    assert triton_history.programs(1025) == 2
-    assert not kernels.mixes(torch.ones(3), [torch.ones(3)], torch.ones(1))  # nothing that has not asked, on a CPU
+def test_which_windows_kernels_mix(monkeypatch):
+    # Of tensors that are only described, which are a class of tensors.
+    with FakeTensorMode():
+        x, nothing = torch.empty(3, device="cuda"), torch.empty(0, device="cuda")
+    monkeypatch.setattr(choice, "followed", lambda _: False)
+    assert kernels.mixes(x, [x] * kernels.MOST, [x])
+    assert not kernels.mixes(x, [x] * (kernels.MOST + 1), [x])
+    assert not kernels.mixes(nothing, [nothing], [x])
+    assert not kernels.mixes(torch.ones(3), [torch.ones(3)], torch.ones(1))  # on a CPU nobody has asked for them

@@ -8,8 +8,8 @@ from torch import nn
 
 from mhc_torch.models import Decoder, DecoderConfig
 from mhc_torch.nn.hyper_connections import HyperConnections, StreamStack
-from mhc_torch.streams import StreamConfig, expand, optimal_block_length, reduce
-from tests.kept import check_stack
+from mhc_torch.streams import StreamConfig, apply_branches, expand, optimal_block_length, reduce
+from tests.kept import Kept, check_stack
 
 WIDTH, DEPTH = 6, 6
 
@@ -131,6 +131,40 @@ def test_in_a_block_no_branch_runs_twice(block_length):
     network = stack(None, block_length)
     outcome(network, network)
     assert [layer.branch.calls for layer in network.layers] == [1] * DEPTH
+
+
+def test_streams_as_many_as_their_features():
+    # H_res has their shape then, and must not be taken for them.
+    config = StreamConfig(3)
+    layers = [HyperConnections(nn.Linear(3, 3), 3, config=config, layer_index=i) for i in range(4)]
+    plain, blocks = (StreamStack(layers, config=config, block_length=length).double() for length in (1, 4))
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    expected, found = (
+        torch.autograd.grad(network(x).square().sum(), [*network.parameters()]) for network in (plain, blocks)
+    )
+    assert_same(found, expected)
+
+
+def test_streams_written_again_are_let_go_on_the_way_back():
+    depth, streams = 16, 4 * 4 * 64 * 32  # bytes
+    found = []
+
+    def branch(x):
+        y = x.tanh()
+        y.register_hook(lambda _: found.append(kept.bytes()))
+        return y
+
+    config = StreamConfig(4, dynamic=False)
+    connections = [HyperConnections(nn.Identity(), 32, config=config, layer_index=i) for i in range(depth)]
+    layers = [[connection.connecting(branch)] for connection in connections]
+    with Kept([]) as kept:
+        apply_branches(layers, torch.randn(64, 4, 32), block_length=depth).sum().backward()
+    assert len(found) == depth
+    # At the last layer all of them are there; near the first, what branches put out, and few streams.
+    assert found[0] >= depth * streams
+    assert found[-3] <= 0.75 * depth * streams
 
 
 @pytest.mark.parametrize("block_length", [1, 2])
