@@ -89,9 +89,8 @@ class Program:
         self.text = _MADE_FROM.sub("", str(self.closed.jaxpr))
 
     def __call__(self, *args: Any) -> Any:
-        given, run = self._given(args), partial(jax.core.eval_jaxpr, self.closed.jaxpr)
-        if not _is_large(given):
-            run, _ = self._compiled(None, lambda step=run: (jax.jit(step), Lift()))
+        given, step = self._given(args), partial(jax.core.eval_jaxpr, self.closed.jaxpr)
+        run = step if _is_large(given) else self._compiled(None, lambda: (jax.jit(step), Lift()))[0]
         return jax.tree.unflatten(self.tree, run(self.closed.consts, *given))
 
     def exact(self, lift: Lift, *args: Any) -> Any:
