@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
+from bridge.proof import precision
 from bridge.proof.precision import epsilon
 
 
@@ -88,12 +89,16 @@ class Program:
         self.text = _MADE_FROM.sub("", str(self.closed.jaxpr))
 
     def __call__(self, *args: Any) -> Any:
-        run, _ = self._compiled(None, lambda: (jax.jit(partial(jax.core.eval_jaxpr, self.closed.jaxpr)), Lift()))
-        return jax.tree.unflatten(self.tree, run(self.closed.consts, *self._given(args)))
+        given, step = self._given(args), partial(jax.core.eval_jaxpr, self.closed.jaxpr)
+        run = step if _is_large(given) else self._compiled(None, lambda: (jax.jit(step), Lift()))[0]
+        return jax.tree.unflatten(self.tree, run(self.closed.consts, *given))
 
     def exact(self, lift: Lift, *args: Any) -> Any:
         """The same in float64. Call it, and use what it returns, with x64 enabled."""
         consts = [lift.constant(c) if hasattr(c, "dtype") else c for c in self.closed.consts]
+        given = self._given(args)
+        if _is_large(given):
+            return jax.tree.unflatten(self.tree, _evaluate(self.closed.jaxpr, consts, given, lift))
 
         def make() -> tuple[Callable[..., Any], Lift]:
             inside = Lift(lift.seed)
@@ -104,7 +109,7 @@ class Program:
             return jax.jit(run, compiler_options=_FAST), inside
 
         run, inside = self._compiled(("float64", lift.seed), make)
-        results = run(consts, *map(_up, self._given(args)))
+        results = run(consts, *given)
         lift.rounded |= inside.rounded
         lift.unlifted |= inside.unlifted
         return jax.tree.unflatten(self.tree, results)
@@ -131,6 +136,11 @@ class Program:
         ]
 
 
+def _is_large(arrays: list[Any]) -> bool:
+    """Whether to run step by step: compiled, a program has all its arguments in float64 at once."""
+    return sum(8 * x.size for x in arrays if _is_float(x.dtype)) > precision.LARGEST
+
+
 def _array(x: Any) -> Any:
     return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
@@ -147,6 +157,11 @@ def _double(dtype: Any) -> Any:
     if not _is_float(dtype):
         return dtype
     return np.dtype(np.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else np.float64)
+
+
+def widened(x: Any) -> jax.ShapeDtypeStruct:
+    """What an array is in float64, without its values."""
+    return jax.ShapeDtypeStruct(x.shape, _double(x.dtype))
 
 
 def _up(x: Any) -> Any:
@@ -175,11 +190,17 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Any, lift: Lift) -> list[
     def read(variable: Any) -> Any:
         if isinstance(variable, jex.Literal):
             return lift.constant(np.asarray(variable.val, _dtype(variable)))
-        return values[variable]
+        return _up(values[variable])
 
     for i, equation in enumerate(jaxpr.eqns):
-        given = [read(v) for v in equation.invars]
-        results = _RULES.get(equation.primitive.name, _plain)(equation, given, lift)
+        rule = _RULES.get(equation.primitive.name, _plain)
+        # What hands its arguments on to a program inside does so as they are: they are widened where they are used.
+        given = [
+            values[v] if rule in _HANDING_ON and not isinstance(v, jex.Literal) else read(v) for v in equation.invars
+        ]
+        results = rule(equation, given, lift)
+        if any(hasattr(r, "dtype") and _double(r.dtype) != r.dtype for r in results):
+            lift.unlifted.add(equation.primitive.name)
         values.update(zip(equation.outvars, results, strict=True))
         for v in {v for v in equation.invars if not isinstance(v, jex.Literal)}:
             if last[v] == i and v not in kept:
@@ -208,7 +229,7 @@ def _scan(equation: Any, given: list[Any], lift: Lift) -> list[Any]:
         out = _closed(p["jaxpr"], [*consts, *carry, *xs], lift)
         return out[: p["num_carry"]], out[p["num_carry"] :]
 
-    start = given[p["num_consts"] : carried]
+    start = list(map(_up, given[p["num_consts"] : carried]))
     carry, ys = jax.lax.scan(body, start, given[carried:], length=p["length"], reverse=p["reverse"])
     return [*carry, *ys]
 
@@ -285,9 +306,11 @@ def _bind(equation: Any, given: Sequence[Any], params: dict[str, Any]) -> list[A
     return list(result) if equation.primitive.multiple_results else [result]
 
 
+_jaxpr, _call_jaxpr = _inline("jaxpr"), _inline("call_jaxpr")
+_HANDING_ON = (_jaxpr, _call_jaxpr, _scan)
 _RULES: dict[str, Callable[..., list[Any]]] = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "remat2", "checkpoint"), _inline("jaxpr")),
-    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call", "core_call"), _inline("call_jaxpr")),
+    **dict.fromkeys(("jit", "pjit", "closed_call", "remat2", "checkpoint"), _jaxpr),
+    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call", "core_call"), _call_jaxpr),
     "scan": _scan,
     "while": _while,
     "cond": _cond,

@@ -1,6 +1,5 @@
 """Compares two models layer by layer: free-running, and each layer alone on the JAX side's input (teacher-forced)."""
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from flax import nnx
 
+from bridge.proof import precision
 from bridge.proof.batch_norm import BatchNorms
 from bridge.proof.exact_jax import Lift
 from bridge.proof.exact_torch import Exact
@@ -40,7 +40,6 @@ from bridge.proof.record import (
     Seen,
     as_pull,
     evaluated,
-    jax_float64,
     picked,
     pull_program,
     pull_torch,
@@ -48,6 +47,9 @@ from bridge.proof.record import (
     record_jax,
     record_torch,
     seen,
+    sharing,
+    told_float64,
+    wide_bytes,
 )
 from bridge.proof.report import Row
 from bridge.proof.trees import double, floats, is_float, named_floats
@@ -84,11 +86,11 @@ class Layers:
         seed: int,
         programs: Programs,
         results: tuple[list[str], list[str]],
+        training: bool,
     ) -> None:
-        self.jax = unrolled(jax_model)
-        self.torch = copy.deepcopy(torch_model)
-        self.torch64 = copy.deepcopy(torch_model).double()
-        self.noises = [Noise(self.torch64, amplitude, seed + i) for i, amplitude in enumerate(AMPLITUDES)]
+        self.jax, self.jax64 = unrolled(jax_model), told_float64(unrolled(jax_model))
+        self.torch, self.training = sharing(torch_model), training
+        self.noises = [Noise(self.torch, amplitude, seed + i) for i, amplitude in enumerate(AMPLITUDES)]
         self.programs, self.results = programs, results
         found = match(self.jax, self.torch, own=True)
         self.links = found.links
@@ -102,6 +104,7 @@ class Layers:
         self.rows: list[Row] = []
         self.faults: dict[str, str] = {}
         self.alone: dict[str, str] = {}
+        self.forward: set[str] = set()
         others = called_otherwise(self.torch)
         self.plain = {path for path in self.pairs if self.torch.get_submodule(path) in others}
         around = around_ends(self.torch)
@@ -119,15 +122,13 @@ class Layers:
         _same_twice("jax_model", ours.calls, record_jax(_reseeded(self.jax), paths, jax_call).calls, self.jax, paths)
         again = record_torch(self.torch, keys, torch_call)
         _same_twice("torch_model", theirs.calls, again.calls, self.torch, {path: path for path in keys})
-        with jax.enable_x64(True):
-            self.jax64 = jax_float64(self.jax)
         doubles = torch_call.double()
 
         def jax_run(lift: Lift) -> Seen:
             return record_exact(self.programs, self.jax64, self.jax, paths, jax_call, lift)
 
         def torch_run(exact: Exact, noise: Noise | None = None) -> Seen:
-            return seen(record_torch(noise.model if noise else self.torch64, keys, doubles, exact, noise))
+            return seen(record_torch(noise.model if noise else self.torch, keys, doubles, exact, noise))
 
         self.jax_calls, self.torch_calls = ours, theirs
         self.called = len(theirs.calls.keys() | ours.calls.keys())
@@ -143,6 +144,7 @@ class Layers:
     def _compare(self) -> None:
         failed: dict[str, str] = {}
         calls = list(self._matched_calls())
+        self.forward = {path for path, *_ in calls if not self.training and self._is_large(path)}
         for path, jax_call, torch_call, _ in calls:
             for row in self._alone(path, jax_call, torch_call):
                 self.rows.append(row)
@@ -155,6 +157,11 @@ class Layers:
         for path, text in failed.items():
             if not any(other != path and _below(other, path) for other in failed):
                 self.faults[path] = text + self._place(path)
+
+    def _is_large(self, path: str) -> bool:
+        """Whether gradients of a module that consists of others, in float64, need more memory than one layer should."""
+        inside = (other for other in self.torch_calls.calls if other != path and _below(other, path))
+        return wide_bytes(self.torch.get_submodule(path)) > precision.LARGEST and any(inside)
 
     def _matched_calls(self) -> Iterator[tuple[str, Call, Call, int]]:
         """The calls of each pair of modules in the order in which they return, inner ones first."""
@@ -267,12 +274,12 @@ class Layers:
         torch_cotangents = [how[0](c) for how, c in zip(out, cotangents, strict=True)]
         doubles = [double(x) for x in given]
         torch_doubles = [how[0](x) for how, x in zip(into, doubles, strict=True)]
-        alone = pair.torch in self.plain
+        alone, back = pair.torch in self.plain, pair.torch not in self.forward
         module = taken(self.jax, pair)
-        plain = pull_program(module, jax_call, given, cotangents, names[0])
+        plain = pull_program(module, jax_call, given, cotangents, names[0], back)
         with jax.enable_x64(True):
             wide = taken(self.jax64, pair)
-            exactly = pull_program(wide, jax_call, doubles, [double(c) for c in cotangents], names[0])
+            exactly = pull_program(wide, jax_call, doubles, [double(c) for c in cotangents], names[0], back)
 
         def jax_run(lift: Lift) -> Pull:
             found = evaluated(self.programs.widest(exactly, plain), lift, *exactly[2:])
@@ -280,18 +287,18 @@ class Layers:
                 return as_pull(wide, found)
 
         def torch_run(exact: Exact, noise: Noise | None = None) -> Pull:
-            model = noise.model if noise else self.torch64
+            model = noise.model if noise else self.torch
             inputs = [to_numpy(noise(to_torch(x))) for x in torch_doubles] if noise else torch_doubles
             wide_cotangents = [double(c) for c in torch_cotangents]
             submodel = model.get_submodule(pair.torch)
             given = torch_call.map(_double)
-            return pull_torch(submodel, given, inputs, wide_cotangents, names[1], exact, alone)
+            return pull_torch(submodel, given, inputs, wide_cotangents, names[1], exact, noise, alone=alone, back=back)
 
         runs = self._exact(jax_run, torch_run)
         program = self.programs.of(*plain)
         runs.jax = as_pull(module, program(*plain[2:]), program.coarsest())
         submodel = self.torch.get_submodule(pair.torch)
-        runs.torch = pull_torch(submodel, torch_call, torch_given, torch_cotangents, names[1], alone=alone)
+        runs.torch = pull_torch(submodel, torch_call, torch_given, torch_cotangents, names[1], alone=alone, back=back)
         return runs
 
     def _judge_alone(
@@ -318,6 +325,10 @@ class Layers:
             value = runs.values(item(attrgetter("outputs"), i), how=how)
             yield judge("layer alone: value", pair.torch, pair.jax, value, n, 0.0, eps, reference_eps)
 
+        if pair.torch in self.forward:
+            size = precision.LARGEST / 2**30
+            self.alone[pair.torch] = f"forward only, since it has more than {size:.3g} GiB of weights in float64"
+            return
         links = list(_links_below(self.links, pair))
         shapes = {name: tuple(leaf.shape) for name, leaf in module.state_dict().items()}
 

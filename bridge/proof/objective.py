@@ -204,8 +204,8 @@ def _train_jax(
 
 
 def train_torch(model: torch.nn.Module, task: Task, exact: Exact | None = None, noise: Noise | None = None) -> Training:
-    """Runs the task on a copy of a torch model, with `exact` in float64, its inputs blurred by `noise`."""
-    model = copied(model, exact)
+    """Runs the task on a copy of a torch model, with `exact` in float64, its weights and inputs blurred by `noise`."""
+    model = copied(model, exact, noise)
     with exact or nullcontext():
         return _train_torch(model, task, noise)
 

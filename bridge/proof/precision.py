@@ -13,6 +13,10 @@ import torch
 from bridge._private import Mode
 from bridge.weights.arrays import dtype_name, numpy_dtype
 
+# Up to this size in bytes the weights of a module, or the arguments of a program, are brought to float64 as a whole; of
+# larger ones each when it is used.
+LARGEST = 2**30
+
 
 def epsilon(dtype: Any) -> float:
     """Distance from 1 to the next number of a floating-point dtype of any of the three libraries; 0 for integers."""

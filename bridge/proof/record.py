@@ -1,6 +1,7 @@
 """Runs a model, or one of its modules, on either side, and writes down what went in and came out of every module."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from flax import nnx
 
-from bridge.proof.exact_jax import Lift, Program
+from bridge.proof import precision
+from bridge.proof.exact_jax import Lift, Program, widened
 from bridge.proof.exact_torch import Exact
 from bridge.proof.precision import TorchPrecision
 from bridge.proof.trees import arrays, double, floats, is_array, is_float, leaves, transform
@@ -96,13 +98,19 @@ def by_itself(module: Any) -> Any:
     return getattr(module, "plain_call", module)
 
 
-def jax_float64(model: nnx.Module) -> nnx.Module:
-    """A copy of an nnx module with float64 leaves, that is told to compute in it. Use it with x64 enabled."""
+def told_float64(model: nnx.Module) -> nnx.Module:
+    """A copy of an nnx module, on the same arrays, that is told to compute in float64."""
     model = nnx.clone(model)
-    nnx.update(model, jax.tree.map(lambda a: a.astype(jnp.float64) if is_float(a) else a, nnx.state(model)))
     for _, module in nnx.iter_modules(model):
         if vars(module).get("dtype") is not None:
             setattr(module, "dtype", jnp.float64)  # noqa: B010 - nnx.Module declares no such attribute
+    return model
+
+
+def jax_float64(model: nnx.Module) -> nnx.Module:
+    """The same with float64 leaves. Use it with x64 enabled."""
+    model = told_float64(model)
+    nnx.update(model, jax.tree.map(lambda a: a.astype(jnp.float64) if is_float(a) else a, nnx.state(model)))
     return model
 
 
@@ -247,12 +255,12 @@ class Programs:
     def widest(self, wide: tuple[Any, ...], plain: tuple[Any, ...]) -> Program:
         """The program (same, function, *args) to evaluate in float64.
 
-        It is that for float64 arguments, whose constants are exact, or the `plain` one if that has steps that insist on
-        float32 and cannot be traced otherwise.
+        It is `wide` traced for float64 arguments, whose constants are exact, or the `plain` one if that has steps that
+        insist on float32 and cannot be traced otherwise.
         """
         with jax.enable_x64(True):
             try:
-                return self.of(*wide)
+                return self.of(*wide[:2], *jax.tree.map(widened, wide[2:]))
             except Exception:
                 pass
         return self.of(*plain)
@@ -280,9 +288,9 @@ def _signature(call: Call) -> Hashable:
 
 
 def pull_program(
-    module: nnx.Module, call: Call, inputs: Sequence[Any], cotangents: Sequence[Any], names: list[str]
+    module: nnx.Module, call: Call, inputs: Sequence[Any], cotangents: Sequence[Any], names: list[str], back: bool
 ) -> tuple[Any, ...]:
-    """(what makes it the same as another, function, *arguments) of a module forward and back."""
+    """(what makes it the same as another, function, *arguments) of a module forward and, if wanted, back."""
     graph, parameters, rest = split(module)
     others = [jnp.asarray(x) for x in arrays(call.given) if not is_float(x)]
 
@@ -297,11 +305,14 @@ def pull_program(
     def pull(
         parameters: nnx.State, rest: nnx.State, others: list[Any], values: list[Any], cotangents: list[Any]
     ) -> Any:
+        if not back:
+            outputs, after = run(parameters, values, rest, others)
+            return outputs, None, [], after
         outputs, pullback, after = jax.vjp(lambda p, v: run(p, v, rest, others), parameters, values, has_aux=True)
-        back = pullback([c.astype(o.dtype) for c, o in zip(cotangents, outputs, strict=True)])
-        return outputs, *back, after
+        gradients = pullback([c.astype(o.dtype) for c, o in zip(cotangents, outputs, strict=True)])
+        return outputs, *gradients, after
 
-    same = (graph, _signature(call), tuple(names))
+    same = (graph, _signature(call), tuple(names), back)
     return same, pull, parameters, rest, others, list(map(jnp.asarray, inputs)), list(map(jnp.asarray, cotangents))
 
 
@@ -317,7 +328,7 @@ def as_pull(module: nnx.Module, found: Any, precision: float = 0.0) -> Pull:
     return Pull(
         outputs=[to_numpy(o) for o in outputs],
         inputs=[to_numpy(g) for g in by_inputs],
-        parameters=leaf_values(nnx.merge(graph, by_parameters, rest)),
+        parameters={} if by_parameters is None else leaf_values(nnx.merge(graph, by_parameters, rest)),
         state=leaf_values(nnx.merge(graph, parameters, after)),
         precision=precision,
     )
@@ -382,28 +393,35 @@ def pull_torch(
     cotangents: Sequence[np.ndarray],
     names: list[str],
     exact: Exact | None = None,
-    alone: bool = False,
+    noise: "Noise | None" = None,
+    *,
+    alone: bool,
+    back: bool,
 ) -> Pull:
     """A copy of a torch module forward and back; `inputs` replace the floating-point arrays of `call` in order.
 
     Args:
         alone: without what a retrofitted model does around it.
+        back: whether to go back; otherwise weights are in float64 only while they are used.
     """
-    module = copied(module, exact)
+    module = copied(module, exact, noise) if back else lent(module, exact)
     device = device_of(module)
     sources = [to_torch(array).to(device).requires_grad_() for array in inputs]
     # A module may change its input in place, which autograd allows for everything but leaves.
     given = call.with_floats([tensor * 1 for tensor in sources])
     autocast = torch.autocast(device.type, call.autocast, enabled=call.autocast is not None)
-    with autocast, exact or TorchPrecision() as seen:
+    lazily = nullcontext() if back or exact is None else widening(module, noise)
+    with autocast, torch.set_grad_enabled(back), lazily, exact or TorchPrecision() as seen:
         outputs = picked((module.forward if alone else module)(*given.args, **given.kwargs), names)
-        parameters = {name: p for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
-        wanted = [*sources, *parameters.values()]
+        parameters = {
+            name: p for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad and back
+        }
+        wanted = [*sources, *parameters.values()] if back else []
         found = gradients(outputs, [to_torch(c).to(o) for c, o in zip(cotangents, outputs, strict=True)], wanted)
     return Pull(
         outputs=[to_numpy(o) for o in outputs],
         inputs=found[: len(sources)],
-        parameters=dict(zip(parameters, found[len(sources) :], strict=True)),
+        parameters=dict(zip(parameters, found[len(sources) :], strict=True)) if back else {},
         state={name: to_numpy(b) for name, b in module.named_buffers(remove_duplicate=False)},
         precision=seen.coarsest if isinstance(seen, TorchPrecision) else 0.0,
     )
@@ -412,14 +430,15 @@ def pull_torch(
 def record_torch(
     model: torch.nn.Module, paths: Sequence[str], call: Call, exact: Exact | None = None, noise: "Noise | None" = None
 ) -> Recording:
-    """The calls of the modules at these paths in a run of a copy of the model."""
-    model = copied(model, exact)
+    """The calls of the modules at these paths in a run of a copy of the model, with `exact` in float64."""
+    model = lent(model, exact)
+    lazily = nullcontext() if exact is None else widening(model, noise)
     device = device_of(model)
     tensors = call.map(lambda x: to_torch(x).to(device))
     if noise:
         tensors = tensors.map(lambda x: noise(x) if is_float(x) else x)
     watched = watch_torch({path: model.get_submodule(path) for path in paths})
-    with watched as recording, torch.no_grad(), exact or nullcontext():
+    with watched as recording, torch.no_grad(), lazily, exact or nullcontext():
         model(*tensors.args, **tensors.kwargs)
     return recording
 
@@ -428,10 +447,81 @@ def device_of(model: torch.nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def copied(model: torch.nn.Module, exact: Exact | None) -> torch.nn.Module:
-    """A copy of a torch module; with `exact`, the tensors that it holds beside its leaves count as constants."""
-    model = copy.deepcopy(model)
+def sharing(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a torch module on the memory of its parameters, which must not be written to; buffers are its own."""
+    memo = {id(p): torch.nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def copied(model: torch.nn.Module, exact: Exact | None = None, noise: "Noise | None" = None) -> torch.nn.Module:
+    """A copy of a torch module; with `exact` in float64, its weights off by the noise."""
+    if exact is None:
+        return copy.deepcopy(model)
+    model = lent(model, exact)
+    for parameter in model.parameters():
+        if is_float(parameter):
+            parameter.data = _wide(parameter, noise)
+    return model
+
+
+def _wide(parameter: torch.Tensor, noise: "Noise | None") -> torch.Tensor:
+    return noise.weight(parameter) if noise else parameter.detach().to(torch.float64, copy=True)
+
+
+def wide_bytes(model: torch.nn.Module) -> int:
+    """How much memory the floating-point weights of a module take in float64."""
+    return sum(8 * p.numel() for p in model.parameters() if is_float(p))
+
+
+@contextmanager
+def widening(model: torch.nn.Module, noise: "Noise | None") -> Iterator[None]:
+    """While the context lasts, the weights of a `sharing` copy are in float64 while the module that has them runs.
+
+    What a module takes from another one without calling it is lifted by `Exact` at each use.
+    """
+    narrow = {p: p.data for p in model.parameters()}  # now: in float64 runs what is read is widened
+    running: Counter[torch.nn.Parameter] = Counter()
+    handles = []
+
+    def watch(module: torch.nn.Module) -> None:
+        whole = wide_bytes(module) <= precision.LARGEST
+        own = [p for p in module.parameters(recurse=whole) if is_float(p)]
+
+        def enter(*_: Any) -> None:
+            for p in own:
+                if not running[p]:
+                    p.data = _wide(narrow[p], noise)
+                running[p] += 1
+
+        def leave(*_: Any) -> None:
+            for p in own:
+                running[p] -= 1
+                if not running[p]:
+                    p.data = narrow[p]
+
+        handles.append(module.register_forward_pre_hook(enter, prepend=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+        for child in () if whole else module.children():
+            watch(child)
+
+    watch(model)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def lent(model: torch.nn.Module, exact: Exact | None) -> torch.nn.Module:
+    """A `sharing` copy; with `exact`, its buffers are float64, and what it holds beside its leaves counts as constant.
+
+    In training a model may write into anything: then nothing is shared.
+    """
+    model = copy.deepcopy(model) if exact is None and model.training else sharing(model)
     if exact is not None:
+        for buffer in model.buffers():
+            if is_float(buffer):
+                buffer.data = buffer.double()
         kept = {id(x) for x in model.state_dict(keep_vars=True).values()}
         for module in model.modules():
             for name, tensor in {
@@ -462,20 +552,22 @@ AMPLITUDES = (2.0**-26, 2.0**-40)
 
 
 class Noise:
-    """Simulated rounding: a copy of a float64 torch model with every weight and module output off by ±`amplitude`.
+    """Simulated rounding: a copy of a torch model with every buffer and module output off by ±`amplitude`.
 
-    What a run of it differs from the clean run, divided by `amplitude`, is how strongly each value answers to rounding
-    (Monte Carlo arithmetic, D. S. Parker 1997). Calling it blurs a tensor.
+    So are its weights, `weight`, when it runs in float64. What a run of it differs from the clean run, divided by
+    `amplitude`, is how strongly each value answers to rounding (Monte Carlo arithmetic, D. S. Parker 1997). Calling it
+    blurs a tensor.
     """
 
     def __init__(self, model: torch.nn.Module, amplitude: float, seed: int) -> None:
         self.amplitude = amplitude
-        self.generator = torch.Generator().manual_seed(seed)
-        self.model = copy.deepcopy(model)
-        with torch.no_grad():
-            for tensor in (*self.model.parameters(), *self.model.buffers()):
-                if is_float(tensor):
-                    tensor.copy_(self(tensor))
+        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
+        self.model = sharing(model)
+        # By their memory, which copies share: each time that a weight is asked for, it has the same noise.
+        self.numbers = {p.data_ptr(): i for i, p in enumerate(self.model.parameters())}
+        for buffer in self.model.buffers():
+            if is_float(buffer):
+                buffer.data = self(buffer.double())
         for module in self.model.modules():
             # Not the bound method: a copy of the model would copy this object with it.
             module.register_forward_hook(lambda *call: self._blur(*call))
@@ -486,6 +578,14 @@ class Noise:
             args[0].register_hook(lambda gradient: self(gradient, factor))
         return transform(lambda leaf: self(leaf, factor) if is_array(leaf) and is_float(leaf) else leaf, output)
 
-    def __call__(self, tensor: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-        signs = 2 * torch.randint(2, tensor.shape, generator=self.generator, dtype=torch.float64) - 1
-        return tensor * (1 + factor * self.amplitude * signs.to(tensor.device))
+    def weight(self, parameter: torch.Tensor) -> torch.Tensor:
+        """A parameter of the model, or of a copy that shares it, in float64 and blurred."""
+        own = torch.Generator().manual_seed((self.seed * 2**32 + self.numbers[parameter.data_ptr()]) % 2**63)
+        return self(parameter.detach().double(), generator=own)
+
+    def __call__(
+        self, tensor: torch.Tensor, factor: float = 1.0, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        signs = torch.randint(2, tensor.shape, generator=generator or self.generator, dtype=torch.float64)
+        signs.mul_(2 * factor * self.amplitude).add_(1 - factor * self.amplitude)
+        return tensor * signs.to(tensor.device)

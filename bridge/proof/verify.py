@@ -1,6 +1,5 @@
 """Do a JAX model and a PyTorch model compute the same function?  If not, in which layer does the difference begin?"""
 
-import copy
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -23,11 +22,21 @@ from bridge.proof.layers import Layers, exact_runs
 from bridge.proof.metrics import compare, difference, kl_divergence, top_k_agreement
 from bridge.proof.objective import Task, Training, amplification, default_optimizer, torch_names, train_jax, train_torch
 from bridge.proof.precision import epsilon, full_matmul_precision, matmul_settings
-from bridge.proof.record import AMPLITUDES, Call, Noise, NoReferenceError, Programs, device_of, leaf_values, picked
+from bridge.proof.record import (
+    AMPLITUDES,
+    Call,
+    Noise,
+    NoReferenceError,
+    Programs,
+    device_of,
+    leaf_values,
+    picked,
+    sharing,
+)
 from bridge.proof.report import Report, Row
 from bridge.proof.trees import floats, named_floats
 from bridge.weights.arrays import to_numpy, to_torch
-from bridge.weights.match import match
+from bridge.weights.match import Link, match
 
 _EXACT = "copied weights are equal bit for bit"
 _DROPOUTS = (
@@ -63,7 +72,8 @@ def verify(
         torch_inputs: the torch model's, where they differ: images are channels first there.
         outputs: names of JAX results -> names of torch results to compare, such as {"": "logits"}; "" is a bare array,
             and "hidden.0" the first of the tuple `hidden`. By default all, by name or, where a side has none, in order.
-        training: whether to compare gradients and optimizer steps of the whole model. Gradients of layers are.
+        training: whether to compare gradients and optimizer steps of the whole model. Gradients of layers are compared
+            without it, too, but for modules of more than 1 GiB of weights in float64 that consist of others.
         loss: (function of the JAX output, function of the torch output), each giving a scalar; by default half the mean
             square distance of the outputs from random targets.
         optimizer: (optax transformation, function of a list of parameters -> torch optimizer); by default AdamW with a
@@ -118,7 +128,7 @@ class _Verification:
         torch_call: Call,
         seed: int,
     ) -> None:
-        self.jax_model, self.torch_model = nnx.clone(jax_model), copy.deepcopy(torch_model)
+        self.jax_model, self.torch_model = nnx.clone(jax_model), sharing(torch_model)
         self.jax_call, self.torch_call = jax_call, torch_call
         self.seed, self.programs = seed, Programs()
         self.match = match(self.jax_model, self.torch_model, own=True)
@@ -151,6 +161,7 @@ class _Verification:
                     self.seed,
                     self.programs,
                     self.results,
+                    steps is not None,
                 )
                 self.rows += layers.rows
                 self.eps, self.reference_eps = max(self.eps, layers.eps), layers.reference_eps
@@ -207,8 +218,12 @@ class _Verification:
 
     def weights(self) -> None:
         """Every leaf, bit by bit."""
-        shapes = {name: tuple(t.shape) for name, t in self.match.torch.items()}
-        for name, ours in torch_names(self.match.links, leaf_values(self.jax_model), shapes).items():
+        leaves = leaf_values(self.jax_model)
+        by_name: dict[str, list[Link]] = {}
+        for link in self.match.links:
+            by_name.setdefault(link.torch.path, []).append(link)
+        for name, links in by_name.items():  # one by one, for the memory
+            ours = torch_names(links, leaves, {name: tuple(self.match.torch[name].shape)})[name]
             theirs = to_numpy(self.match.torch[name])
             common = ours.dtype if ours.dtype == theirs.dtype else np.dtype(np.float64)
             figures = compare(ours.astype(common), theirs.astype(common))
@@ -291,8 +306,7 @@ class _Verification:
         """Every run of the whole model; running variances of JAX as torch would have them."""
         double = task.double()
         shapes = {name: tuple(leaf.shape) for name, leaf in self.match.torch.items()}
-        torch64 = copy.deepcopy(self.torch_model).double()
-        noises = [Noise(torch64, amplitude, self.seed + i) for i, amplitude in enumerate(AMPLITUDES)]
+        noises = [Noise(self.torch_model, amplitude, self.seed + i) for i, amplitude in enumerate(AMPLITUDES)]
 
         def of_jax(lift: Lift | None) -> Training:
             run = train_jax(self.jax_model, task, self.match.links, shapes, lift)
@@ -301,7 +315,7 @@ class _Verification:
 
         runs, unlifted = exact_runs(
             of_jax,
-            lambda exact, noise=None: train_torch(noise.model if noise else torch64, double, exact, noise),
+            lambda exact, noise=None: train_torch(noise.model if noise else self.torch_model, double, exact, noise),
             noises,
             self.seed,
         )
@@ -312,7 +326,7 @@ class _Verification:
     def _results(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The floating-point results of both models by name."""
         given = self.jax_call.map(jnp.asarray)
-        jax_model, torch_model = nnx.clone(self.jax_model), copy.deepcopy(self.torch_model)
+        jax_model, torch_model = nnx.clone(self.jax_model), sharing(self.torch_model)
         with noted("jax_model", self.jax_call, {id(m): dotted(p) for p, m in nnx.iter_modules(jax_model)}):
             ours = named_floats(jax_model(*given.args, **given.kwargs))
         device = device_of(self.torch_model)

@@ -251,9 +251,22 @@ def declare(jax_type: type, torch_type: type, rule: Rule) -> None:
 
 
 def find(jax_type: type, torch_type: type) -> Rule | None:
-    """The rule of the nearest pair of base classes, the JAX side first; None if there is none."""
-    pairs = ((j, t) for j in jax_type.__mro__ for t in torch_type.__mro__)
-    return next((_rules[pair] for pair in pairs if pair in _rules), None)
+    """The rule of the nearest pair of base classes; None if there is none.
+
+    Raises:
+        ValueError: of two rules one is nearer on the JAX side, the other on the torch side.
+    """
+    applying = [(j, t) for j in jax_type.__mro__ for t in torch_type.__mro__ if (j, t) in _rules]
+    if not applying:
+        return None
+    first, order = applying[0], torch_type.__mro__
+    for other in applying[1:]:
+        if order.index(other[1]) < order.index(first[1]):
+            pair, one, two = (f"({j.__name__}, {t.__name__})" for j, t in ((jax_type, torch_type), first, other))
+            raise ValueError(
+                f"the rules of {one} and {two} apply to {pair} with equal right: register a rule of {pair} itself"
+            )
+    return _rules[first]
 
 
 def register(
@@ -284,7 +297,8 @@ def register(
 
     Raises:
         TypeError: a type is not a module type of its framework.
-        ValueError: both `entries` and `by` are given.
+        ValueError: both `entries` and `by` are given. Where the rule is used: another one applies with equal right,
+            since it is of a nearer base class on one side and of a further one on the other.
 
     Example:
         >>> class JaxScale(nnx.Module):

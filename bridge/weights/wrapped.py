@@ -166,5 +166,6 @@ _UPDATE = (
     Setting("dropout", lambda _: 0.0, _dropout),
     Setting("merged", lambda _: False, _merged),
 )
-register(nnx.LoRALinear, nn.Module, by=_lora_linear, settings=_UPDATE)
+for _kind in (nn.Module, nn.Linear):  # the latter, or the rule of two linear layers would apply with equal right
+    register(nnx.LoRALinear, _kind, by=_lora_linear, settings=_UPDATE)
 register(nnx.LoRA, nn.Module, by=_lora, settings=_UPDATE)

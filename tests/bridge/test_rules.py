@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bridge
+from bridge.weights import rules
 from bridge.weights.rules import Layout
 from tests.bridge.models import equal, randomize
 
@@ -234,6 +235,23 @@ def test_users_register_their_own_types():
     derived = Derived()
     derived.load_state_dict(copy.deepcopy(target.state_dict()))
     assert equal(bridge.convert(derived, back), source)
+
+
+def test_two_rules_with_equal_right_are_refused():
+    class JaxSpecial(nnx.Linear):
+        pass
+
+    class TorchSpecial(nn.Linear):
+        pass
+
+    source, target = JaxSpecial(2, 3, rngs=nnx.Rngs(0)), TorchSpecial(2, 3)
+    with rules.trial({(JaxSpecial, nn.Linear): rules.Rule(), (nnx.Linear, TorchSpecial): rules.Rule()}):
+        words = r"\(JaxSpecial, Linear\) and \(Linear, TorchSpecial\) apply to \(JaxSpecial, TorchSpecial\)"
+        with pytest.raises(ValueError, match=words):
+            bridge.convert(source, target)
+        with rules.trial({(JaxSpecial, TorchSpecial): rules.find(nnx.Linear, nn.Linear)}):
+            bridge.convert(source, target)
+    np.testing.assert_array_equal(target.weight.detach(), source.kernel.get_value().T)
 
 
 def test_register_checks_its_arguments():
