@@ -88,7 +88,16 @@ FEWER = {
 }
 ARMS = FIRST | FURTHER | FEWER
 DEEP = ("residual", "HC", "mHC", "mHC, mixed", "history, uniform")
-CONFIRMED = ("residual", "mHC", "residual, wider", "identity, mixed", "mHC, mixed", "HC", "residual, longer")
+CONFIRMED = (
+    "residual",
+    "mHC",
+    "residual, wider",
+    "identity, mixed",
+    "mHC, mixed",
+    "HC",
+    "residual, longer",
+    "one stream with gates",
+)
 LONG = ("residual", "mHC, mixed", "identity, mixed")
 
 
