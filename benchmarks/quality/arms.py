@@ -1,6 +1,7 @@
 """The arms of the study: what is connected how, and what it costs."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import jax
@@ -87,7 +88,16 @@ FEWER = {
 }
 ARMS = FIRST | FURTHER | FEWER
 DEEP = ("residual", "HC", "mHC", "mHC, mixed", "history, uniform")
-CONFIRMED = ("residual", "mHC", "residual, wider", "identity, mixed", "mHC, mixed", "HC", "residual, longer")
+CONFIRMED = (
+    "residual",
+    "mHC",
+    "residual, wider",
+    "identity, mixed",
+    "mHC, mixed",
+    "HC",
+    "residual, longer",
+    "one stream with gates",
+)
 LONG = ("residual", "mHC, mixed", "identity, mixed")
 
 
@@ -110,12 +120,20 @@ def network(arm: Arm, sizes: Sizes, seed: int) -> Decoder:
 
 
 def cost(arm: Arm, sizes: Sizes) -> dict[str, float]:
-    """Parameters, and what XLA's compiler counts in one gradient: floating-point operations, and bytes moved.
+    """Parameters, and what XLA counts in one gradient, times the factor of the steps: computation, and bytes moved."""
+    connection = arm.connection
+    if isinstance(connection, StreamConfig):  # a start changes nothing in it, and is not compiled for
+        connection = replace(connection, start="identity")
+    if isinstance(connection, MHCConfig):
+        connection = replace(connection, init="identity")
+    found = _counted(connection, replace(arm.sized(sizes), steps=sizes.steps))
+    return found | {name: arm.steps * found[name] for name in ("MFLOP", "MB")}
 
-    Of the layers one after another, since it counts the body of a loop over layers once.
-    """
-    sizes = arm.sized(sizes)
-    model: Any = network(arm, sizes, 0)
+
+@cache
+def _counted(connection: Any, sizes: Sizes) -> dict[str, float]:
+    """Of the layers one after another, since XLA counts the body of a loop over layers once."""
+    model: Any = network(Arm(connection), sizes, 0)
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     model.stack = model.stack.unrolled()
     graphdef, params, *others = nnx.split(model, nnx.Param, ...)

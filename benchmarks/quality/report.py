@@ -1,6 +1,6 @@
 """What docs/quality.md shows of the record: tables and figures. Nothing here is run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ PAIRS = (
     ("HC, mixed", "mHC, mixed"),
     ("KromHC, mixed", "mHC, mixed"),
     ("mHC-lite, mixed", "mHC, mixed"),
+    ("one stream with gates", "residual, wider"),
+    ("mHC", "one stream with gates"),
+    ("mHC, mixed", "one stream with gates"),
     ("identity, mixed", "one stream with gates"),
     ("mHC", "mHC, n = 2"),
     ("mHC, mixed", "mHC, mixed, n = 2"),
@@ -53,9 +56,13 @@ def interval(differences: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
 
 
-def paired(content: Mapping[str, Any], arm: str, base: str, part: str = "arms") -> tuple[float, float] | None:
-    """The difference of two arms, seed by seed, over the seeds that both have; None where one has none."""
-    runs, others = ({run["seed"]: run for run in of(content, part, name)} for name in (arm, base))
+def paired(content: Mapping[str, Any], arm: str, base: str, *parts: str) -> tuple[float, float] | None:
+    """The difference of two arms, seed by seed, over the seeds that both have in the parts; None if none."""
+
+    def by_seed(arm: str) -> dict[int, Any]:
+        return {run["seed"]: run for part in parts for run in of(content, part, arm)}
+
+    runs, others = by_seed(arm), by_seed(base)
     seeds = sorted(runs.keys() & others.keys())
     if not seeds:
         return None
@@ -119,14 +126,20 @@ def arms_table(records: Mapping[str, Any]) -> str:
     return recorded_table(header, rows)
 
 
+def figure_shown(records: Mapping[str, Any]) -> str:
+    if RESULT.name not in records:
+        return NOT_RECORDED
+    return f"![Every arm over the residual network, with intervals](images/{FIGURE.name})\n"
+
+
 def pairs_table(records: Mapping[str, Any]) -> str:
     content = records.get(RESULT.name, {"runs": []})
     rows = []
     for pair in PAIRS:
-        found = [shown(paired(content, *pair, part)) for part in ("arms", "confirm")]
-        if found != [ABSENT] * 2:
-            rows.append([*pair, *found])
-    return recorded_table(["arm", "over", "bits per byte", "confirmed"], rows)
+        found = [paired(content, *pair, *parts) for parts in (["arms"], ["confirm"], ["arms", "confirm"])]
+        if found[-1]:
+            rows.append([*pair, *map(shown, found if found[1] else [found[0], None, None])])
+    return recorded_table(["arm", "over", "bits per byte", "confirmed", "all seeds"], rows)
 
 
 def long_table(records: Mapping[str, Any]) -> str:
@@ -204,10 +217,14 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def deep(content: Mapping[str, Any]) -> list[str]:
+    """The parts with deep networks that are recorded."""
+    return [part for part in (f"{branches} branches" for branches in FULL.deep) if of(content, part, DEEP[0])]
+
+
 def draw_depth(content: Mapping[str, Any], path: Path) -> None:
     """Gains, gradient norms and losses on the way, of deep networks at the rate that all were tried with."""
-    parts = [f"{branches} branches" for branches in FULL.deep]
-    parts = [part for part in parts if of(content, part, DEEP[0])] or parts[:1]
+    parts = deep(content)
     figure, axes = plt.subplots(len(parts), 3, figsize=(12, 3.4 * len(parts)), layout="constrained", squeeze=False)
     for part, row in zip(parts, axes, strict=True):
         for arm, color in zip(DEEP, plt.get_cmap("tab10").colors, strict=False):  # type: ignore[attr-defined]
@@ -253,10 +270,18 @@ def _save(figure: Any, path: Path) -> None:
 
 
 TABLES = {
+    "figure": figure_shown,
     "arms": arms_table,
     "pairs": pairs_table,
     "depth": depth_table,
     "maps": maps_table,
     "long": long_table,
 }
-FIGURES = [(draw, RESULT, FIGURE), (draw_depth, RESULT, DEPTH), (draw_patterns, RESULT, PATTERNS)]
+
+
+def figures(records: Mapping[str, Any]) -> list[tuple[Callable[[Any, Path], None], Path, Path]]:
+    """What draws each figure of which something is recorded, from which result, to which file."""
+    if RESULT.name not in records:
+        return []
+    found = [(draw, RESULT, FIGURE), (draw_patterns, RESULT, PATTERNS)]
+    return found + [(draw_depth, RESULT, DEPTH)] * bool(deep(records[RESULT.name]))

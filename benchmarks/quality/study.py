@@ -97,8 +97,9 @@ class Study:
             self.run([Key("confirm", arm, seed, rate) for seed in self.protocol.confirm_seeds], self.protocol.sizes)
 
     def costs(self) -> None:
+        """Of the arms that are recorded."""
         for name in self.protocol.chosen(ARMS):
-            if name not in self.record.content["costs"]:
+            if of(self.record.content, "arms", name) and name not in self.record.content["costs"]:
                 self.record.add_cost(name, cost(ARMS[name], self.protocol.sizes))
 
 

@@ -151,13 +151,13 @@ def test_differences_are_paired_by_seed():
     gain = rng.normal(-0.1, 0.01, 5)
     runs = [run_of("arms", "residual", seed, 0.01, base[seed]) for seed in range(5)]
     runs += [run_of("arms", "mHC", seed, 0.02, base[seed] + gain[seed]) for seed in reversed(range(5))]
-    mean, half = report.paired({"runs": runs}, "mHC", "residual")
+    mean, half = report.paired({"runs": runs}, "mHC", "residual", "arms")
     low, high = stats.ttest_1samp(gain, 0).confidence_interval()
     np.testing.assert_allclose([mean - half, mean + half], [low, high])
     assert report.shown((mean, half)).startswith("**-0.")
     assert report.shown((0.1, 0.2)) == "+0.100 ± 0.200"
     runs[0]["loss"] = None
-    assert report.shown(report.paired({"runs": runs}, "mHC", "residual")) == "-inf ± inf"
+    assert report.shown(report.paired({"runs": runs}, "mHC", "residual", "arms")) == "-inf ± inf"
 
 
 def test_what_is_gained_is_worth_steps():
@@ -194,10 +194,11 @@ def test_a_quick_study_is_reported(tmp_path):
     assert len(report.maps_table(records).splitlines()) == 3
     assert len(report.depth_table(records).splitlines()) == 2 + 2 * 2
     assert len(report.long_table(records).splitlines()) == 2 + 1
-    for draw, result, figure in report.FIGURES:
+    for draw, result, figure in report.figures(records):
         draw(records[result.name], tmp_path / figure.name)
         assert matplotlib.image.imread(tmp_path / figure.name).ndim == 3
 
 
 def test_nothing_recorded_is_said_to_be():
+    assert not report.figures({})
     assert {table({}) for table in report.TABLES.values()} == {"Not recorded yet.\n"}
