@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from mhc_jax.placement import auto_axes, mesh_here, partition
@@ -83,6 +83,12 @@ def total(x: Any, over: Axes) -> Any:
 def whole_size(size: int, over: Axes) -> int:
     """The length of an axis that is split over these axes of the mesh, from that of a part."""
     return size * math.prod(lax.axis_size(axis) for axis in over)
+
+
+def explicit_sharding(array: Any, *more: None) -> NamedSharding | None:
+    """How an array is split on Explicit axes, or one with `more` axes behind its own; None where there are none."""
+    sharding = jax.typeof(array).sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, *more)) if explicit_axes(array) else None
 
 
 def explicit_axes(array: Any) -> Axes:

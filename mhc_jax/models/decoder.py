@@ -10,6 +10,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float, Int, Key
 
 from mhc_jax.history import History, MHCConfig, mix
+from mhc_jax.meshes import explicit_sharding
 from mhc_jax.models import attention as kernels
 from mhc_jax.models.attention import named
 from mhc_jax.models.cache import KVCache, LayerCache
@@ -278,7 +279,7 @@ class Decoder(nnx.Module):
             if given is not None and (given.shape != tokens.shape or not jnp.issubdtype(given.dtype, jnp.integer)):
                 shape = f"{given.dtype}{list(given.shape)}"
                 raise ValueError(f"{name} must be integers of tokens' shape {list(tokens.shape)}, got {shape}")
-        x = split(self.embed_tokens(tokens), "batch", None, "looked_up")
+        x = split(self.embed_tokens(tokens, out_sharding=explicit_sharding(tokens, None)), "batch", None, "looked_up")
         x = _state(_inside(x.astype(self.state_dtype or x.dtype)))
         if cache is None:
             context = () if positions is None and segments is None else (None, positions, segments)

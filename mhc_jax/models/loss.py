@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mhc_jax.meshes import explicit_sharding
+
 
 def cross_entropy(
     hidden: Float[Array, "B T C"],
@@ -68,7 +70,9 @@ def _total_fwd(hidden: Array, kernel: Array, targets: Array, chunk: int) -> tupl
     def step(carry: tuple[Array, Array], chunks: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         total, d_kernel = carry
         here, d_logits = _of_chunk(*chunks, weight)
-        d_kernel += jnp.einsum("btc,btv->cv", chunks[0], d_logits, preferred_element_type=wide)
+        d_kernel += jnp.einsum(
+            "btc,btv->cv", chunks[0], d_logits, preferred_element_type=wide, out_sharding=explicit_sharding(kernel)
+        )
         return (total + here, d_kernel), jnp.einsum("btv,cv->btc", d_logits, weight)
 
     start = (_zero(hidden), jnp.zeros(kernel.shape, wide))

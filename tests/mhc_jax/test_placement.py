@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mhc_jax.models import Decoder, DecoderConfig, attention
@@ -143,3 +144,18 @@ def test_fused_attention_runs_on_the_rows_queries_and_heads_of_each_device(monke
         found = jax.jit(both, static_argnums=0)("splash")
     assert found[0].sharding.shard_shape(q.shape) == (1, 128, 1, 64)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize("connection", CONNECTIONS)
+def test_on_explicit_axes_it_is_one_device_too(connection, on_one_device):
+    graphdef, params = nnx.split(Decoder(SIZES, CONNECTIONS[connection], rngs=nnx.Rngs(0)))
+    tokens = np.random.default_rng(0).integers(0, 44, (ROWS, LENGTH + 1)).astype(np.int32)
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+
+    def loss(params, tokens):
+        return nnx.merge(graphdef, params).loss(tokens, chunk=CHUNK)
+
+    with jax.set_mesh(mesh):
+        arguments = (jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in ((params, P()), (tokens, P("data"))))
+        found, gradient = jax.jit(jax.value_and_grad(loss))(*arguments)
+    check((jax.tree.map(jnp.subtract, params, jax.device_get(gradient)), found), on_one_device[connection])
