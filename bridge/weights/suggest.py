@@ -248,12 +248,12 @@ def _torch_tree(model: nn.Module) -> _Node:
 
     def node(name: str, module: nn.Module) -> _Node | None:
         children: list[_Node | None] = []
-        for key in [*module._parameters, *module._buffers]:
+        for key, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             path = join(name, key)
             if path in leaves and id(leaves[path]) not in seen:
                 seen.add(id(leaves[path]))
                 children.append(_Node(path, leaves[path], tuple(leaves[path].shape)))
-        children += [node(join(name, key), child) for key, child in module._modules.items() if child is not None]
+        children += [node(join(name, key), child) for key, child in module.named_children()]
         found = tuple(child for child in children if child is not None)
         return _Node(name, module, None, found) if found or not name else None
 

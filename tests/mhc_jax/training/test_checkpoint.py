@@ -141,7 +141,7 @@ def process_that_saves(path):
         "save(sys.argv[1], tree)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(path)], stderr=subprocess.DEVNULL)
-    while not list(path.parent.glob("2*")):
+    while not list(path.parent.glob("2*/*")):  # its folder is locked by then
         assert process.poll() is None, "the save ended before it could be interrupted"
         time.sleep(0.001)
     return process
