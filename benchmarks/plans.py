@@ -38,11 +38,16 @@ CONNECTIONS: dict[str, dict[str, Any]] = {
 PLACES = {"7 B": ("v5p:2x2x4", 16, 4), "27 B": ("v5p:8x8x4", 256, 4)}
 # Of each layer, as much as there is room for.
 KEPT = {"7 B": REMAT_NAMES, "27 B": ("attention", "attention_out", "mlp_out")}
+# Of how many layers the streams are kept once: what took the least of 1, 4 and, of 27 B, 8.
+BLOCKS = {"7 B": 1, "27 B": 4}
 
 
 def config(size: str, connection: str) -> TrainingConfig:
     _, devices, rows = PLACES[size]
-    model = ModelConfig(SIZES[size], dtype="bfloat16", remat=KEPT[size], **CONNECTIONS[connection])
+    options = CONNECTIONS[connection]
+    if options["connection"] == "streams":
+        options = {**options, "block_length": BLOCKS[size]}
+    model = ModelConfig(SIZES[size], dtype="bfloat16", remat=KEPT[size], **options)
     return TrainingConfig(model=model, data=DataConfig(length=LENGTH, batch=rows * devices))
 
 
