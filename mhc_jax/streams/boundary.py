@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from mhc_jax.kernels import stream_boundary as kernels
 from mhc_jax.kernels import stream_boundary_gpu as gpu_kernels
-from mhc_jax.kernels.choice import Implementation, check_implementation, implemented
+from mhc_jax.kernels.choice import Implementation, apart, check_implementation, implemented
 from mhc_jax.meshes import Axes, alike, feature_axes, on_parts
 from mhc_jax.streams import forms, norm
 from mhc_jax.streams.config import StreamConfig
@@ -36,6 +36,7 @@ from mhc_jax.streams.connect import (
     maps_alone,
     read,
     reduce,
+    wrap,
     write,
 )
 from mhc_jax.streams.constraints import CONSTRAINTS
@@ -386,7 +387,8 @@ def apply_branches(
     """A network of equal layers on n streams, as a scan over boundaries.
 
     Expands x, runs the branches of every layer one after another, and takes the mean of the streams: what
-    `scan_layers` does of layers that `wrap`. The scan carries streams (flat, for kernels), a branch's output and its
+    `scan_layers` does of layers that `wrap`, and on a CPU it is that, unless an implementation is asked for
+    (`mhc_jax.kernels.choice.apart`). Else the scan carries streams (flat, for kernels), a branch's output and its
     maps, so that nothing reads what the step before has just written. Of a single pass (`config.single_pass`) the scan
     carries the H_pre of the branch before, too, by which the branch reads and, after the last, the network ends.
 
@@ -419,6 +421,8 @@ def apply_branches(
     if len(single_pass) > 1:
         raise ValueError("config.single_pass must be the same of all branches: H_pre goes from each to the next")
     once = single_pass == {True}
+    if not once and all(apart(implementation) for _, implementation in branches):
+        return reduce(_apply_apart(layer, params, expand(x, streams), block_length, policy))
     by_kernels = not once and any(implementation == "pallas" for _, implementation in branches)
     flat = by_kernels and not feature_axes(x)
     mixes = any(CONSTRAINTS[config.constraint].mixes for config, _ in branches[-1:])
@@ -450,6 +454,24 @@ def apply_branches(
     new, output, post, res, pre = scan_any(step, params, first, block_length, wide, source=layer, policy=policy)
     new = write(_parted(new, output, streams), output, post, res)
     return reduce(new) if pre is None else collapse(pre, new)
+
+
+def _apply_apart(
+    layer: Callable[[Any], Iterable[Connected]],
+    params: Any,
+    streams: Array,
+    block_length: int,
+    policy: Callable[..., bool] | None,
+) -> Array:
+    """The streams after all layers, each branch with a read before it and a write after it."""
+
+    def step(params: Any, streams: Array) -> Array:
+        for branch, maps_params, config, implementation in layer(params):
+            streams = wrap(branch, config, implementation=implementation)(maps_params, streams)
+        return streams
+
+    result: Array = scan_any(step, params, streams, block_length, (streams.shape,), source=layer, policy=policy)
+    return result
 
 
 @partial(jax.checkpoint, static_argnums=(6, 7))  # kept are the arguments, as of `boundary`

@@ -100,6 +100,8 @@ def plan(config: TrainingConfig, target: str) -> Plan:
     mesh = data_mesh(config.tensor, config.sequence, devices)
     if config.model.attention is None:
         config = _changed(config, attention="splash")
+    if config.model.connection == "streams" and config.model.implementation is None:
+        config = _changed(config, implementation="xla")  # None is what this machine, without a TPU, would choose
     assembly = assemble(config, mesh)
     rows = (config.data.batch, config.data.length + 1)
     tokens = jax.ShapeDtypeStruct(rows, np.int32, sharding=NamedSharding(mesh, PartitionSpec(BATCH)))

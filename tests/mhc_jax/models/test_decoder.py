@@ -135,7 +135,8 @@ def test_texts_in_one_row_do_not_see_each_other(connection):
 
 
 def test_streams_are_scanned_over_boundaries_whatever_is_asked():
-    model = decoder("streams", remat=("attention",), dtype=jnp.bfloat16, state_dtype=jnp.float32)
+    options = {"remat": ("attention",), "dtype": jnp.bfloat16, "state_dtype": jnp.float32, "implementation": "xla"}
+    model = decoder("streams", **options)
     for options in ({}, {"segments": TOKENS}):
         assert "name=_boundary" in str(jax.make_jaxpr(lambda o=options: model.hidden(TOKENS, **o))())
 

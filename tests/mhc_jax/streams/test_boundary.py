@@ -287,7 +287,7 @@ def test_a_scan_over_boundaries_is_the_scan_over_layers(block_length):
     def over_boundaries(params, x):
         def layer(params):
             return [
-                streams.Connected(partial(function, w), maps, config)
+                streams.Connected(partial(function, w), maps, config, "xla")
                 for function, (maps, w) in zip(functions, params, strict=True)
             ]
 
