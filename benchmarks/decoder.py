@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from benchmarks.markdown import NOT_RECORDED, markdown
 from benchmarks.record import output_file
 from benchmarks.streams import QUICK_SHAPE, SHAPE, jax_step, random_tokens, sizes
 from benchmarks.timing import environment, interleaved, ratio, write_json
@@ -42,15 +43,16 @@ def measure(shape: dict[str, int], seconds: float) -> dict[str, Any]:
 def table(records: Mapping[str, Any]) -> str:
     """What was recorded, beside the goals."""
     if RESULT not in records:
-        return "Not recorded yet.\n"
+        return NOT_RECORDED
     record = records[RESULT]
-    lines = ["| over the residual decoder | time | goal | temporary memory |", "| --- | --- | --- | --- |"]
+    rows = []
     for name in GOALS:
         found = record[name]
         time = "{median:.2f} ({p10:.2f} to {p90:.2f})".format(**found["time"])
-        lines.append(f"| {name} | {time} | {found['goal of time']:.2f} | {found['temporary memory']:.2f} |")
+        rows.append([name, time, f"{found['goal of time']:.2f}", f"{found['temporary memory']:.2f}"])
     place = record["environment"]
-    return "\n".join(lines) + f"\n\n{place['processor']}, {place['cores']} cores; {place['date']}.\n"
+    text = markdown(["over the residual decoder", "time", "goal", "temporary memory"], rows)
+    return f"{text}\n{place['processor']}, {place['cores']} cores; {place['date']}.\n"
 
 
 def main() -> None:

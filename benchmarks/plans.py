@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import ABSENT, NOT_RECORDED, markdown
 from benchmarks.record import RESULTS
 from benchmarks.timing import write_json
 from mhc_jax.models import DecoderConfig
@@ -57,23 +58,22 @@ NAMES = {f"{size}, {connection}": (size, connection) for size in SIZES for conne
 def table(records: Mapping[str, Any]) -> str:
     """Every plan: what fills the memory of a device in GiB, and its peak over the residual decoder's."""
     if RESULT.name not in records:
-        return "Not recorded yet.\n"
+        return NOT_RECORDED
     record = records[RESULT.name]
     parts = ("parameters", "optimizer", "kept for backward", "the rest")
-    lines = [["GiB a device", "target", *parts, "peak", "over residual"]]
-    lines.append(["---"] * len(lines[0]))
+    lines = []
     for name, (size, _) in NAMES.items():
         if name not in record["plans"]:
             continue
         found = record["plans"][name]
-        cells = [f"{found['memory'][part] / 2**30:.2f}" for part in parts] if not found["complaint"] else ["—"] * 4
+        cells = [f"{found['memory'][part] / 2**30:.2f}" for part in parts] if not found["complaint"] else [ABSENT] * 4
         base = record["plans"].get(f"{size}, residual", {}).get("memory")
         peak = sum(found["memory"].values())
-        over = f"{peak / sum(base.values()):.2f}" if base and peak else "—"
+        over = f"{peak / sum(base.values()):.2f}" if base and peak else ABSENT
         lines.append([name, PLACES[size][0], *cells, f"{peak / 2**30:.2f}" if peak else found["complaint"], over])
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = markdown(["GiB a device", "target", *parts, "peak", "over residual"], lines)
     packages = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    return f"{text}\n\nCompiled by {packages}; {record['date']}.\n"
+    return f"{text}\nCompiled by {packages}; {record['date']}.\n"
 
 
 def recorded(names: list[str]) -> Iterator[tuple[str, Any]]:
