@@ -283,7 +283,12 @@ def _own(array: np.ndarray) -> np.ndarray:
 
 
 def _differ(reader: Reader, one: str, other: str) -> bool:
-    return reader.read(one).tobytes() != reader.read(other).tobytes()
+    return not np.array_equal(*(_bits(reader.read(name)) for name in (one, other)))
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """The array's bits as integers, which are equal where NaNs are not."""
+    return array.reshape(-1).view(f"u{min(array.itemsize, 8)}")
 
 
 def _spec(leaf: Any) -> Spec:
