@@ -3,7 +3,7 @@
 Streams are (..., n, C). A TPU keeps the n rows of a token together in one tile: to take one stream out, or to put all
 of them into one axis, is a copy of everything, and a product of small matrices is none. For a CPU or a GPU such a
 product is a call of a library, which nothing fuses with, and a reshape is free. docs/performance.md has what the lab
-counted.
+counted and what a CPU took.
 """
 
 from collections.abc import Callable
@@ -70,10 +70,12 @@ def mixed_back(res: Float[Array, "*tokens n n"] | None, d: Float[Array, "*tokens
             total += res[..., i, :, None] * d[..., i, None, :]
         return total
 
-    def on_tpu(res: Array, d: Array) -> Array:
+    def by_product(res: Array, d: Array) -> Array:
         return jnp.einsum("...ij,...ic->...jc", res, d, precision=lax.Precision.HIGHEST)
 
-    return lax.platform_dependent(res, d, tpu=on_tpu, default=by_sums)
+    # A CPU's compiler fuses the sums with what made d, and computes that again for each of the n sums that d is in. If
+    # d comes from such sums itself, as between two branches of a layer, that is n times n. A product needs d whole.
+    return lax.platform_dependent(res, d, cpu=by_product, tpu=by_product, default=by_sums)
 
 
 def projected(streams: Float[Array, "*tokens n C"], phi: Float[Array, "nC m"]) -> Float[Array, "*tokens m"]:
