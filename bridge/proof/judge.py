@@ -24,6 +24,7 @@ nothing is proved. So sensitivity never hides more than a millionth, whatever th
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
+from operator import attrgetter, itemgetter
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -75,6 +76,39 @@ def arranged(jax_value: np.ndarray, torch_value: np.ndarray) -> Layout | None:
         if norm(difference(turn(jax_value), torch_value)) <= allowed
     }
     return fitting.popitem()[1] if len(fitting) == 1 else None
+
+
+@dataclass(frozen=True)
+class Partners:
+    """An array of the JAX side and its counterpart in torch, by their places, and how to turn one into the other."""
+
+    jax: int
+    torch: int
+    how: Layout
+
+
+def partners(jax_values: Sequence[np.ndarray], torch_values: Sequence[np.ndarray]) -> list[Partners] | None:
+    """The arrays that both sides have: in order where that fits, or else by their values.
+
+    By values an array of the longer list may be left over, as a rotary table that the other side makes inside. None if
+    an array of the shorter list has no partner.
+    """
+    if len(jax_values) == len(torch_values):
+        in_order = [arranged(a, b) for a, b in zip(jax_values, torch_values, strict=True)]
+        if None not in in_order:
+            return [Partners(i, i, how) for i, how in enumerate(in_order) if how]
+    found: list[Partners] = []
+    distances = {}
+    for i, a in enumerate(jax_values):
+        for j, b in enumerate(torch_values):
+            how = arranged(a, b)
+            if how and (distance := norm(difference(how[0](a), b))) <= _ALIKE * norm(b):
+                distances[distance, i, j] = Partners(i, j, how)
+    for _, near in sorted(distances.items(), key=itemgetter(0)):
+        if all(near.jax != other.jax and near.torch != other.torch for other in found):
+            found.append(near)
+    complete = len(found) == min(len(jax_values), len(torch_values))
+    return sorted(found, key=attrgetter("jax")) if complete else None
 
 
 def _orders(array: np.ndarray) -> list[tuple[int, ...]]:

@@ -1,6 +1,6 @@
 """Compares two models layer by layer: free-running, and each layer alone on the JAX side's input (teacher-forced)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -18,13 +18,14 @@ from bridge.proof.inputs import describe
 from bridge.proof.judge import (
     AS_IT_IS,
     Layout,
+    Partners,
     Runs,
     Values,
-    arranged,
     epsilon,
     item,
     judge,
     largest,
+    partners,
     reduction,
     share,
 )
@@ -135,8 +136,10 @@ class Layers:
         self.runs = self._exact(jax_run, torch_run)
         self.runs.jax, self.runs.torch = seen(ours), seen(theirs)
 
-    def _exact(self, of_jax: Callable[[Lift], Any], of_torch: Callable[..., Any]) -> Runs[Any]:
-        runs, unlifted = exact_runs(of_jax, of_torch, self.noises, self.seed)
+    def _exact(
+        self, of_jax: Callable[[Lift], Any], of_torch: Callable[..., Any], rounded: tuple[bool, bool] = (False, False)
+    ) -> Runs[Any]:
+        runs, unlifted = exact_runs(of_jax, of_torch, self.noises, self.seed, rounded)
         self.unlifted |= unlifted
         self.reference_eps = max(self.reference_eps, _FLOAT32 if unlifted else 0.0)
         return runs
@@ -145,8 +148,8 @@ class Layers:
         failed: dict[str, str] = {}
         calls = list(self._matched_calls())
         self.forward = {path for path, *_ in calls if not self.training and self._is_large(path)}
-        for path, jax_call, torch_call, _ in calls:
-            for row in self._alone(path, jax_call, torch_call):
+        for path, jax_call, torch_call, index in calls:
+            for row in self._alone(path, jax_call, torch_call, index):
                 self.rows.append(row)
                 if not row.ok:
                     what = row.path.removeprefix(path).lstrip(".")
@@ -202,17 +205,12 @@ class Layers:
         ours, theirs = (list(named_floats(call.given if coming_in else call.output)) for call in raw)
         if not (path or coming_in):
             ours, theirs = self.results
-        if len(ours) != len(theirs):
-            return []
 
         def pick(name: str) -> Callable[[Seen], np.ndarray]:
             return lambda calls: calls[path][index][0 if coming_in else 1][name]
 
-        found = []
-        for j, t in zip(ours, theirs, strict=True):
-            how = arranged(pick(j)(self.runs.jax64), pick(t)(self.runs.torch64))
-            found.append(self.runs.values(pick(j), pick(t), how))
-        return found if all(v.jax64.shape == v.torch64.shape for v in found) else []
+        same = partners([pick(j)(self.runs.jax64) for j in ours], [pick(t)(self.runs.torch64) for t in theirs])
+        return [self.runs.values(pick(ours[x.jax]), pick(theirs[x.torch]), x.how) for x in same or []]
 
     def _free(self, path: str, index: int) -> None:
         n = reduction(self.torch, [to_numpy(x) for x in floats(self.torch_calls.calls[path][index].given)])
@@ -226,27 +224,31 @@ class Layers:
     def _pair(self, path: str) -> ModulePair:
         return self.pairs.get(path) or self.stacked[path]
 
-    def _alone(self, path: str, jax_call: Call, torch_call: Call) -> Iterator[Row]:
-        """One layer forward and back, both sides on the JAX side's input and one cotangent."""
+    def _alone(self, path: str, jax_call: Call, torch_call: Call, index: int) -> Iterator[Row]:
+        """One layer forward and back, both sides on the JAX side's input and one cotangent.
+
+        What one side takes and the other does not, such as a rotary table, it gets as its own run of the model made it.
+        """
         pair = self._pair(path)
         if path in self.open:
             self.alone[path] = "a branch of the block around it begins or ends in it"
             return
         given = [to_numpy(x) for x in floats(jax_call.given)]
-        theirs = [to_numpy(x) for x in floats(torch_call.given)]
         names = list(named_floats(jax_call.output)), list(named_floats(torch_call.output))
         if not path:
             names = self.results
         outputs = [to_numpy(x) for x in picked(jax_call.output, names[0])]
-        torch_outputs = [to_numpy(x) for x in picked(torch_call.output, names[1])]
-        into, out = _layouts(given, theirs), _layouts(outputs, torch_outputs)
+        into = partners(given, [to_numpy(x) for x in floats(torch_call.given)])
+        out = partners(outputs, [to_numpy(x) for x in picked(torch_call.output, names[1])])
         if into is None or out is None:
             what = "takes" if into is None else "gives"
             self.alone[path] = f"it {what} other arrays in JAX than in torch"
             return
-        cotangents = [self.rng.standard_normal(o.shape).astype(o.dtype) for o in outputs]
+        names = [names[0][x.jax] for x in out], [names[1][x.torch] for x in out]
+        cotangents = [self.rng.standard_normal(outputs[x.jax].shape).astype(outputs[x.jax].dtype) for x in out]
+        layouts = [x.how for x in out]
         try:
-            runs = self._pulls(pair, jax_call, torch_call, given, cotangents, into, out, names)
+            runs = self._pulls(pair, jax_call, torch_call, index, given, cotangents, into, layouts, names)
         except NoReferenceError as error:
             self.alone[path] = str(error)
             return
@@ -256,45 +258,69 @@ class Layers:
                 f"{describe(jax_call)} (jax), {describe(torch_call)} (torch)"
             )
             raise
-        yield from self._judge_alone(pair, runs, given, cotangents, into, out)
+        yield from self._judge_alone(pair, runs, given, cotangents, into, layouts)
 
     def _pulls(
         self,
         pair: ModulePair,
         jax_call: Call,
         torch_call: Call,
+        index: int,
         given: list[np.ndarray],
         cotangents: list[np.ndarray],
-        into: Sequence[Layout],
+        into: Sequence[Partners],
         out: Sequence[Layout],
         names: tuple[list[str], list[str]],
     ) -> Runs[Pull]:
-        own = [to_numpy(x).dtype for x in floats(torch_call.given)]
-        torch_given = [how[0](x).astype(dtype) for how, x, dtype in zip(into, given, own, strict=True)]
+        torch_given = [to_numpy(x) for x in floats(torch_call.given)]
+        doubles = {x.jax: double(given[x.jax]) for x in into}
+        torch_doubles = {x.torch: x.how[0](doubles[x.jax]) for x in into}
+        for place, array in torch_doubles.items():
+            torch_given[place] = array.astype(torch_given[place].dtype)
         torch_cotangents = [how[0](c) for how, c in zip(out, cotangents, strict=True)]
-        doubles = [double(x) for x in given]
-        torch_doubles = [how[0](x) for how, x in zip(into, doubles, strict=True)]
+
+        def jax_given(run: Seen) -> list[np.ndarray]:
+            return _given(run, pair, index, jax_call, doubles)
+
         alone, back = pair.torch in self.plain, pair.torch not in self.forward
         module = taken(self.jax, pair)
         plain = pull_program(module, jax_call, given, cotangents, names[0], back)
         with jax.enable_x64(True):
             wide = taken(self.jax64, pair)
-            exactly = pull_program(wide, jax_call, doubles, [double(c) for c in cotangents], names[0], back)
+            exactly = pull_program(
+                wide, jax_call, jax_given(self.runs.jax64), [double(c) for c in cotangents], names[0], back
+            )
+        widest = self.programs.widest(exactly, plain)
 
         def jax_run(lift: Lift) -> Pull:
-            found = evaluated(self.programs.widest(exactly, plain), lift, *exactly[2:])
+            *others, values, wide_cotangents = exactly[2:]
+            if lift.seed is not None and self.runs.jax_rounded is not None:
+                values = jax_given(self.runs.jax_rounded)
+            found = evaluated(widest, lift, *others, values, wide_cotangents)
             with jax.enable_x64(True):
                 return as_pull(wide, found)
 
         def torch_run(exact: Exact, noise: Noise | None = None) -> Pull:
-            model = noise.model if noise else self.torch
-            inputs = [to_numpy(noise(to_torch(x))) for x in torch_doubles] if noise else torch_doubles
+            model, run, forced = self.torch, self.runs.torch64, torch_doubles
+            if exact.blur is not None and self.runs.torch_rounded is not None:
+                run = self.runs.torch_rounded
+            if noise:
+                model, run = noise.model, self.runs.noisy[self.noises.index(noise)]
+                forced = {place: to_numpy(noise(to_torch(x))) for place, x in torch_doubles.items()}
+            inputs = _given(run, pair, index, torch_call, forced)
             wide_cotangents = [double(c) for c in torch_cotangents]
             submodel = model.get_submodule(pair.torch)
             given = torch_call.map(_double)
             return pull_torch(submodel, given, inputs, wide_cotangents, names[1], exact, noise, alone=alone, back=back)
 
-        runs = self._exact(jax_run, torch_run)
+        runs = self._exact(
+            jax_run,
+            torch_run,
+            (
+                len(doubles) < len(given) and self.runs.jax_rounded is not None,
+                len(torch_doubles) < len(torch_given) and self.runs.torch_rounded is not None,
+            ),
+        )
         program = self.programs.of(*plain)
         runs.jax = as_pull(module, program(*plain[2:]), program.coarsest())
         submodel = self.torch.get_submodule(pair.torch)
@@ -307,7 +333,7 @@ class Layers:
         runs: Runs[Pull],
         given: list[np.ndarray],
         cotangents: list[np.ndarray],
-        into: Sequence[Layout],
+        into: Sequence[Partners],
         out: Sequence[Layout],
     ) -> Iterator[Row]:
         t, t64 = runs.torch, runs.torch64
@@ -341,11 +367,12 @@ class Layers:
         scale = max([0.0, *(largest(g) for g in (*t64.inputs, *t64.parameters.values()))])
         cancelling = terms(
             module,
-            [how[0](double(x)) for how, x in zip(into, given, strict=True)],
+            [x.how[0](double(given[x.jax])) for x in into],
             [how[0](double(c)) for how, c in zip(out, cotangents, strict=True)],
         )
         names = [name for name in parameters(runs.jax) if name in t.parameters]
-        by_inputs = [runs.values(item(attrgetter("inputs"), i), how=how) for i, how in enumerate(into)]
+        inputs = attrgetter("inputs")
+        by_inputs = [runs.values(item(inputs, x.jax), item(inputs, x.torch), x.how) for x in into]
         by_names = [
             runs.values(item(parameters, name), item(attrgetter("parameters"), name), AS_IT_IS) for name in names
         ]
@@ -378,9 +405,16 @@ class Layers:
 
 
 def exact_runs(
-    of_jax: Callable[[Lift], Any], of_torch: Callable[..., Any], noises: Sequence[Noise], seed: int
+    of_jax: Callable[[Lift], Any],
+    of_torch: Callable[..., Any],
+    noises: Sequence[Noise],
+    seed: int,
+    rounded: tuple[bool, bool] = (False, False),
 ) -> tuple[Runs[Any], set[str]]:
     """The float64 runs of both sides, and what could not be lifted in them.
+
+    Args:
+        rounded: whether what each side is given was made with rounded constants.
 
     Where a program holds rounded constants it also runs with these off by a rounding. The runs as the models are, `jax`
     and `torch`, are for the caller to fill in.
@@ -397,18 +431,19 @@ def exact_runs(
         ours,
         theirs,
         [of_torch(Exact(), noise) for noise in noises],
-        of_jax(Lift(seed)) if lift.rounded else None,
-        of_torch(Exact(np.random.default_rng(seed))) if exact.rounded else None,
+        of_jax(Lift(seed)) if lift.rounded or rounded[0] else None,
+        of_torch(Exact(np.random.default_rng(seed))) if exact.rounded or rounded[1] else None,
     )
     return runs, {f"jax {name}" for name in lift.unlifted} | {f"torch {name}" for name in exact.unlifted}
 
 
-def _layouts(jax_values: Sequence[np.ndarray], torch_values: Sequence[np.ndarray]) -> list[Layout] | None:
-    """The layout of each array, if they correspond one to one."""
-    if len(jax_values) != len(torch_values):
-        return None
-    found = [arranged(a, b) for a, b in zip(jax_values, torch_values, strict=True)]
-    return None if None in found else [how for how in found if how]
+def _given(run: Seen, pair: ModulePair, index: int, call: Call, forced: Mapping[int, np.ndarray]) -> list[np.ndarray]:
+    """What a module is given: `forced` by place, and what is not as a run of the whole model made it."""
+    names = list(named_floats(call.given))
+    if len(forced) < len(names):
+        made = run[pair.torch][index][0]
+        forced = {place: forced.get(place, made[name]) for place, name in enumerate(names)}
+    return [forced[place] for place in range(len(names))]
 
 
 def _double(x: Any) -> Any:

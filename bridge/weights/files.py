@@ -283,7 +283,7 @@ def _own(array: np.ndarray) -> np.ndarray:
 
 
 def _differ(reader: Reader, one: str, other: str) -> bool:
-    return not np.array_equal(*(_bits(reader.read(name)) for name in (one, other)))
+    return not np.array_equal(_bits(reader.read(one)), _bits(reader.read(other)))
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from flax import nnx
 from torch import nn
 
 import bridge
-from bridge.proof.judge import arranged
+from bridge.proof.judge import arranged, partners
 from bridge.weights import rules
 
 X = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
@@ -194,3 +194,80 @@ def test_an_arrangement_is_taken_only_where_the_values_show_one() -> None:
     np.testing.assert_array_equal(back(split), merged)
     assert arranged(X.reshape(2, 5, 2, 4), X[::-1].reshape(4, 5, 4)) is None
     assert arranged(np.ones((2, 5, 2, 4)), np.ones((4, 5, 4))) is None
+
+
+class JaxRotated(nnx.Module):
+    """Makes its rotary table inside; gives its keys beside its result, as layers with a cache do."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.fc = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        angles = jnp.arange(x.shape[1])[:, None] / 100.0 ** (jnp.arange(2) / 2)
+        angles = jnp.concatenate([angles, angles], -1)
+        turned = jnp.concatenate([-x[..., 2:], x[..., :2]], -1)
+        keys = x * jnp.cos(angles) + turned * jnp.sin(angles)
+        return x + self.fc(keys), keys
+
+
+class JaxRotating(nnx.Module):
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.fc, self.layers = nnx.Linear(8, 4, rngs=rngs), nnx.List([JaxRotated(rngs) for _ in range(2)])
+
+    def __call__(self, x):
+        x = self.fc(x)
+        for layer in self.layers:
+            x, _ = layer(x)
+        return x
+
+
+class TorchRotated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, table, x):
+        cos, sin = table
+        turned = torch.cat([-x[..., 2:], x[..., :2]], -1)
+        return x + self.fc(x * cos + turned * sin)
+
+
+class TorchRotating(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.layers = nn.Linear(8, 4), nn.ModuleList(TorchRotated() for _ in range(2))
+        self.bases = [100.0, 100.0]
+
+    def forward(self, x):
+        x = self.fc(x)
+        for base, layer in zip(self.bases, self.layers, strict=True):
+            angles = torch.arange(x.shape[1])[:, None] / base ** (torch.arange(2) / 2)
+            angles = torch.cat([angles, angles], -1)
+            x = layer((angles.cos(), angles.sin()), x)
+        return x
+
+
+def test_a_table_that_one_side_passes_and_the_other_makes_inside() -> None:
+    jax_model = JaxRotating()
+    torch_model = bridge.convert(jax_model, TorchRotating())
+    report = bridge.verify(jax_model, torch_model, X)
+    assert report.verdict == "EQUAL", str(report)
+    assert "layers not run alone" not in report.header
+    alone = {(row.path, row.check) for row in report.rows}
+    for layer in ("layers.0", "layers.1"):
+        assert {(layer, "layer alone: value"), (layer, "layer alone: gradient of input")} <= alone
+    torch_model.bases[1] = 90.0  # the table of the second layer alone
+    assert list(bridge.verify(jax_model, torch_model, X).faults) == ["layers.1"]
+
+
+def test_partners_of_lists_of_other_lengths_show_it_by_their_values() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 3, 4)), rng.standard_normal((2, 3, 4))
+    cos = rng.standard_normal((3, 4))
+    assert [(p.jax, p.torch) for p in partners([x, y], [cos, y, x])] == [(0, 2), (1, 1)]
+    (only,) = partners([np.moveaxis(x, 1, -1), cos, y], [x])
+    assert only.jax == 0
+    np.testing.assert_array_equal(only.how[0](np.moveaxis(x, 1, -1)), x)
+    assert partners([x], [cos, y]) is None
+    assert partners([x, x], [x, y, cos]) is None
