@@ -199,7 +199,8 @@ def _model(name: str, kind: type) -> Any:
     """The model that `module:function` makes."""
     model = _made(name)
     if not isinstance(model, kind):
-        raise TypeError(f"{name} must return a {kind.__module__}.{kind.__name__}, and gave a {type(model).__name__}")
+        wanted = f"{kind.__module__}.{kind.__name__}"
+        raise TypeError(f"{name} must return a {wanted}, and gave one of type {type(model).__name__}")
     return model
 
 
@@ -268,7 +269,7 @@ def _line(error: Any) -> str:
     lines = [*str(error).splitlines(), *notes]
     first, *others = [line.strip() for line in lines] or [type(error).__name__]
     shown = [first, *others[:3]] + [f"and {len(others) - 3} more"] * (len(others) > 3)
-    return " ".join(shown[:1]) + (" " + "; ".join(shown[1:]) if others else "")
+    return shown[0] + (" " if first.endswith(":") else "; ") * bool(others) + "; ".join(shown[1:])
 
 
 class Progress:

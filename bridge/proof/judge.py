@@ -38,8 +38,9 @@ from bridge.proof.report import Row
 _CONFIDENCE = 8.0
 _ROUNDED = 4.0
 CEILING = 1e-6
-# Layouts that nothing but the values tells are looked for among arrays of so many axes, and must leave so little over.
-_AXES, _ALIKE = 5, 0.03
+# Layouts that nothing but the values tells are looked for among arrays of so many axes. The right one leaves this much
+# of the values over at the most, and so much less than the next one: two arrays without a relation leave 1.4 of it.
+_AXES, _NEAR, _NEARER = 5, 0.7, 0.6
 
 T = TypeVar("T")
 
@@ -62,20 +63,23 @@ def layout(jax_value: np.ndarray, torch_value: np.ndarray) -> Layout | None:
 def arranged(jax_value: np.ndarray, torch_value: np.ndarray) -> Layout | None:
     """The same for what goes between layers, whose axes may also be merged or in another order: heads, channels.
 
-    Where only that fits the shapes, the values have to show it, and to show one way only.
+    Where only that fits the shapes, the values have to show it, and to show one way only: but for a fault in front of
+    the layer they are the same.
     """
     found = layout(jax_value, torch_value)
     if found or jax_value.size != torch_value.size or max(jax_value.ndim, torch_value.ndim) > _AXES:
         return found
     options = [_permuted(order, jax_value.shape, torch_value.shape) for order in _orders(jax_value)]
     options += [(b, a) for a, b in (_permuted(o, torch_value.shape, jax_value.shape) for o in _orders(torch_value))]
-    places, allowed = np.arange(jax_value.size).reshape(jax_value.shape), _ALIKE * norm(torch_value)
-    fitting = {
-        turn(places).tobytes(): (turn, back)
-        for turn, back in options
-        if norm(difference(turn(jax_value), torch_value)) <= allowed
-    }
-    return fitting.popitem()[1] if len(fitting) == 1 else None
+    places = np.arange(jax_value.size).reshape(jax_value.shape)
+    distinct = {turn(places).tobytes(): (turn, back) for turn, back in options}
+    near = sorted(
+        ((norm(difference(turn(jax_value), torch_value)), place) for place, (turn, _) in enumerate(distinct.values()))
+    )
+    best, second = [distance for distance, _ in near[:2]] if len(near) > 1 else (near[0][0], np.inf)
+    if best <= _NEAR * norm(torch_value) and best < _NEARER * second:
+        return list(distinct.values())[near[0][1]]
+    return None
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def partners(jax_values: Sequence[np.ndarray], torch_values: Sequence[np.ndarray
     for i, a in enumerate(jax_values):
         for j, b in enumerate(torch_values):
             how = arranged(a, b)
-            if how and (distance := norm(difference(how[0](a), b))) <= _ALIKE * norm(b):
+            if how and (distance := norm(difference(how[0](a), b))) <= _NEAR * norm(b):
                 distances[distance, i, j] = Partners(i, j, how)
     for _, near in sorted(distances.items(), key=itemgetter(0)):
         if all(near.jax != other.jax and near.torch != other.torch for other in found):

@@ -131,5 +131,11 @@ class Families(dict[str, Family]):
         ['bert', 'llama', 'resnet', 't5', 'vit']
     """
 
+    def __missing__(self, name: str) -> Family:
+        raise KeyError(
+            f"{name!r} is none of the families {sorted(self)}: bridge.suggest(jax_model, torch_model) proposes rules "
+            "for any two models"
+        )
+
 
 families = Families(llama=Family(LLAMA), bert=Family(BERT), vit=Family(VIT), resnet=Family(RESNET), t5=Family(T5))

@@ -138,6 +138,10 @@ def match(
     if problems:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         lines = [f"the models do not correspond, {count}:", *matcher.hints, *problems]
+        if any("has no counterpart" in problem for problem in problems):
+            lines.append(
+                "bridge.suggest(jax_model, torch_model) prints the rules that would pair what belongs together"
+            )
         raise ValueError("\n  ".join(lines))
     return matcher.match
 

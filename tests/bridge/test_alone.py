@@ -271,3 +271,13 @@ def test_partners_of_lists_of_other_lengths_show_it_by_their_values() -> None:
     np.testing.assert_array_equal(only.how[0](np.moveaxis(x, 1, -1)), x)
     assert partners([x], [cos, y]) is None
     assert partners([x, x], [x, y, cos]) is None
+
+
+def test_layouts_are_known_behind_a_fault_too() -> None:
+    """Heads split here and merged there, behind a layer that is wrong."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 5, 2, 4))
+    near = np.swapaxes(x + 0.3 * rng.standard_normal(x.shape), 1, 2).reshape(4, 5, 4)
+    turn, _ = arranged(x, near)
+    np.testing.assert_array_equal(turn(x), np.swapaxes(x, 1, 2).reshape(4, 5, 4))
+    assert arranged(x, rng.standard_normal((4, 5, 4))) is None

@@ -138,7 +138,7 @@ def test_convert_the_format_only(run):
         (("verify", "models.py:leaves", "models.py:torch_model", "--inputs", "4x8"), "leaves raised SystemExit"),
         (
             ("verify", "models.py:jax_model", "models.py:fails", "--inputs", "4x8"),
-            r"RuntimeError at .*models.py:\d+: no kernel torch_model was called with \[0\] float32\[4, 8\]",
+            r"RuntimeError at .*models.py:\d+: no kernel; torch_model was called with \[0\] float32\[4, 8\]",
         ),
         (
             *[("verify", "models.py:jax_tokens", "models.py:torch_tokens", "--inputs", "models.py:out_of_range")],

@@ -323,3 +323,67 @@ def test_a_loss_is_moved_by_rounded_constants_as_its_outputs_are() -> None:
     # Here the one draw of roundings that is measured leaves the loss, a single number, nearly where it was.
     report = bridge.verify(**casting.part("layers.0.attention", 12, casting.Options(half_norm=True)))
     assert report.ok, str(report)
+
+
+class JaxTied(nnx.Module):
+    def __init__(self) -> None:
+        self.embed = nnx.Embed(5, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.embed.attend(self.embed(x))
+
+
+class TorchTied(nn.Module):
+    """The same weight in two modules, where JAX has one."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.embed, self.head, self.scale = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False), scale
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.embed(x)) * self.scale
+
+
+def test_a_weight_in_two_modules_that_is_one_in_jax_is_trained() -> None:
+    jax_model, tokens = JaxTied(), np.array([[0, 1, 4]])
+    report = bridge.verify(jax_model, bridge.convert(jax_model, TorchTied()), tokens)
+    assert report.verdict == "EQUAL", str(report)
+    assert [row.path for row in report.rows if row.check == "gradient"] == ["embed.weight"]
+    assert bridge.verify(jax_model, bridge.convert(jax_model, TorchTied(1.001)), tokens).verdict == "DIFFERENT"
+
+
+class JaxScaling(nnx.Module):
+    def __init__(self) -> None:
+        self.embed, self.out = nnx.Embed(5, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 3, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.out(self.embed(x) * 2.0)
+
+
+class Scaled(nn.Embedding):
+    factor = 2.0
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
+class TorchScaling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = Scaled(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(self.embed(x))
+
+
+def test_a_factor_inside_here_and_outside_there_is_said_to_be_no_more_than_that() -> None:
+    jax_model, tokens = JaxScaling(), np.array([[0, 1, 4]])
+    torch_model = bridge.convert(jax_model, TorchScaling())
+    report = bridge.verify(jax_model, torch_model, tokens)
+    assert list(report.faults) == ["embed"]
+    assert any("agree as wholes" in note for note in report.notes)
+    torch_model.embed.factor = 2.1
+    report = bridge.verify(jax_model, torch_model, tokens)
+    assert list(report.faults) == ["embed"]
+    assert not any("agree as wholes" in note for note in report.notes)
