@@ -1,5 +1,6 @@
 """Compares two models layer by layer: free-running, and each layer alone on the JAX side's input (teacher-forced)."""
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -154,6 +155,8 @@ class Layers:
                 if not row.ok:
                     what = row.path.removeprefix(path).lstrip(".")
                     failed.setdefault(path, f"{row.check.removeprefix('layer alone: ')} {what}: {row.why}")
+            if 4 * wide_bytes(self.torch.get_submodule(path)) > precision.LARGEST:
+                gc.collect()  # Flax and hooks of torch leave cycles, in which a large layer would wait
         for path, _, _, index in calls:
             if path in self.pairs:
                 self._free(path, index)

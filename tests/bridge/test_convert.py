@@ -202,6 +202,7 @@ def test_everything_that_does_not_fit_is_listed_and_nothing_is_written():
         "  jax table, float32(3,), has no counterpart; it would be torch table",
         "  torch theirs.weight, float32(2, 2), has no counterpart",
         "  torch theirs.bias, float32(2,), has no counterpart",
+        "  bridge.suggest(jax_model, torch_model) prints the rules that would pair what belongs together",
     ]
     for name, tensor in target.state_dict().items():
         assert torch.equal(tensor, before[name]), name
