@@ -105,7 +105,8 @@ def measure(
     over_goal = {candidate: Spread.of(samples[candidate] / goal) for candidate in candidates}
     for candidate, times in samples.items():
         time = f"{Spread.of(times).median:7.3f} s"
-        print(f"  {candidate:20} {time}   {over_copy[candidate]} times a copy, {over_goal[candidate]} of the goal")
+        spreads = f"{over_copy[candidate]} times a copy, {over_goal[candidate]} of the goal"
+        print(f"  {candidate:20} {time}   {spreads}", flush=True)
     return over_copy, over_goal
 
 

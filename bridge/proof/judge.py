@@ -72,14 +72,12 @@ def arranged(jax_value: np.ndarray, torch_value: np.ndarray) -> Layout | None:
     options = [_permuted(order, jax_value.shape, torch_value.shape) for order in _orders(jax_value)]
     options += [(b, a) for a, b in (_permuted(o, torch_value.shape, jax_value.shape) for o in _orders(torch_value))]
     places = np.arange(jax_value.size).reshape(jax_value.shape)
-    distinct = {turn(places).tobytes(): (turn, back) for turn, back in options}
-    near = sorted(
-        ((norm(difference(turn(jax_value), torch_value)), place) for place, (turn, _) in enumerate(distinct.values()))
-    )
-    best, second = [distance for distance, _ in near[:2]] if len(near) > 1 else (near[0][0], np.inf)
-    if best <= _NEAR * norm(torch_value) and best < _NEARER * second:
-        return list(distinct.values())[near[0][1]]
-    return None
+    distinct = list({turn(places).tobytes(): (turn, back) for turn, back in options}.values())
+    distances = [norm(difference(turn(jax_value), torch_value)) for turn, _ in distinct]
+    best = int(np.argmin(distances))
+    nearest = distances.pop(best)
+    clear = nearest <= _NEAR * norm(torch_value) and all(nearest < _NEARER * other for other in distances)
+    return distinct[best] if clear else None
 
 
 @dataclass(frozen=True)
@@ -101,14 +99,14 @@ def partners(jax_values: Sequence[np.ndarray], torch_values: Sequence[np.ndarray
         in_order = [arranged(a, b) for a, b in zip(jax_values, torch_values, strict=True)]
         if None not in in_order:
             return [Partners(i, i, how) for i, how in enumerate(in_order) if how]
-    found: list[Partners] = []
-    distances = {}
+    candidates: list[tuple[float, Partners]] = []
     for i, a in enumerate(jax_values):
         for j, b in enumerate(torch_values):
             how = arranged(a, b)
             if how and (distance := norm(difference(how[0](a), b))) <= _NEAR * norm(b):
-                distances[distance, i, j] = Partners(i, j, how)
-    for _, near in sorted(distances.items(), key=itemgetter(0)):
+                candidates.append((distance, Partners(i, j, how)))
+    found: list[Partners] = []
+    for _, near in sorted(candidates, key=itemgetter(0)):
         if all(near.jax != other.jax and near.torch != other.torch for other in found):
             found.append(near)
     complete = len(found) == min(len(jax_values), len(torch_values))

@@ -243,7 +243,7 @@ class Layers:
         outputs = [to_numpy(x) for x in picked(jax_call.output, names[0])]
         into = partners(given, [to_numpy(x) for x in floats(torch_call.given)])
         out = partners(outputs, [to_numpy(x) for x in picked(torch_call.output, names[1])])
-        if into is None or out is None:
+        if into is None or out is None or (not out and any(names)):
             what = "takes" if into is None else "gives"
             self.alone[path] = f"it {what} other arrays in JAX than in torch"
             return
@@ -416,11 +416,11 @@ def exact_runs(
 ) -> tuple[Runs[Any], set[str]]:
     """The float64 runs of both sides, and what could not be lifted in them.
 
-    Args:
-        rounded: whether what each side is given was made with rounded constants.
-
     Where a program holds rounded constants it also runs with these off by a rounding. The runs as the models are, `jax`
     and `torch`, are for the caller to fill in.
+
+    Args:
+        rounded: whether what each side is given was made with rounded constants.
     """
     lift, exact = Lift(), Exact()
     ours = of_jax(lift)

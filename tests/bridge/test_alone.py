@@ -281,3 +281,45 @@ def test_layouts_are_known_behind_a_fault_too() -> None:
     turn, _ = arranged(x, near)
     np.testing.assert_array_equal(turn(x), np.swapaxes(x, 1, 2).reshape(4, 5, 4))
     assert arranged(x, rng.standard_normal((4, 5, 4))) is None
+
+
+class JaxWhich(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.fc = nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.fc(x).argmax(-1)
+
+
+class JaxChoosing(nnx.Module):
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.which, self.out = JaxWhich(rngs), nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(x) + self.which(x)[..., None].astype(x.dtype)
+
+
+class TorchWhich(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(x).argmax(-1).float()
+
+
+class TorchChoosing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.which, self.out = TorchWhich(), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.out(x) + self.which(x)[..., None]
+
+
+def test_a_layer_whose_results_have_no_partner_at_all_counts_as_not_run() -> None:
+    jax_model = JaxChoosing()
+    report = bridge.verify(jax_model, bridge.convert(jax_model, TorchChoosing()), X, training=False)
+    assert report.ok, str(report)
+    assert report.header["layers not run alone"] == "1 of 4: which: it gives other arrays in JAX than in torch"
