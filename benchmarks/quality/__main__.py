@@ -4,6 +4,9 @@ import os
 
 # One thread a run, so that sums do not depend on the machine's cores: read as JAX starts.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+# Two runs go side by side, and in each `eigh` of many matrices holds one thread of XLA's pool while it waits for
+# others. The pool has a thread a core: on two cores both runs would wait for each other and never end.
+os.environ["NPROC"] = "4"
 
 import argparse
 import time

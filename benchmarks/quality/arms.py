@@ -98,7 +98,7 @@ CONFIRMED = (
     "residual, longer",
     "one stream with gates",
 )
-LONG = ("residual", "mHC, mixed", "identity, mixed")
+LONG = ("residual", "mHC, mixed", "identity, mixed", "residual, wider", "one stream with gates", "mHC", "HC")
 
 
 def network(arm: Arm, sizes: Sizes, seed: int) -> Decoder:

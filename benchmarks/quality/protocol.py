@@ -38,15 +38,23 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Deep:
+    """Runs that look for the largest learning rate with which a deep network trains."""
+
+    sizes: Sizes
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Protocol:
     """The whole study.
 
     Attributes:
         rates: of which every arm gets its best by the tuning seeds; at an edge the next by a factor of 2 is tried, too.
-        deep: of the runs that look for the largest learning rate, by the number of branches.
-        deep_rate: the first rate that is tried there; factors of 2 from there.
         confirm_seeds: from which the main comparison is done again.
-        long: of the runs that ask whether a difference lasts.
+        deep: by the name of the part.
+        deep_rate: the first rate that is tried there; factors of 2 from there.
+        long: of the runs that ask whether a difference lasts; the rate is tuned for these again.
         arms: those that run; none for all.
     """
 
@@ -55,9 +63,8 @@ class Protocol:
     tuning_seeds: tuple[int, ...]
     seeds: tuple[int, ...]
     confirm_seeds: tuple[int, ...]
-    deep: dict[int, Sizes]
+    deep: dict[str, Deep]
     deep_rate: float
-    deep_seeds: tuple[int, ...]
     long: Sizes
     long_seeds: tuple[int, ...]
     arms: tuple[str, ...] = ()
@@ -66,8 +73,9 @@ class Protocol:
         return [arm for arm in arms if not self.arms or arm in self.arms]
 
 
-def _deep(layers: int) -> Sizes:
-    return Sizes(16, layers, heads=2, batch=4, length=32, steps=100, warmup=10, every=10)
+def _deep(branches: int, steps: int, seeds: int) -> Deep:
+    sizes = Sizes(16, branches // 2, heads=2, batch=4, length=32, steps=steps, warmup=10, every=steps // 10)
+    return Deep(sizes, tuple(range(seeds)))
 
 
 FULL = Protocol(
@@ -76,11 +84,15 @@ FULL = Protocol(
     tuning_seeds=(100, 101),
     seeds=(0, 1, 2, 3, 4),
     confirm_seeds=tuple(range(10, 20)),
-    deep={100: _deep(50), 200: _deep(100)},
+    deep={
+        "100 branches": _deep(100, steps=100, seeds=3),
+        "200 branches": _deep(200, steps=100, seeds=3),
+        "100 branches, 400 steps": _deep(100, steps=400, seeds=10),
+        "200 branches, 400 steps": _deep(200, steps=400, seeds=5),
+    },
     deep_rate=1.6e-2,
-    deep_seeds=(0, 1, 2),
     long=Sizes(steps=1200),
-    long_seeds=(0, 1, 2),
+    long_seeds=tuple(range(10)),
 )
 
 _TINY = Sizes(16, 1, heads=2, batch=2, length=16, steps=4, warmup=2, every=2, held_out=4)
@@ -90,9 +102,8 @@ QUICK = Protocol(
     tuning_seeds=(100,),
     seeds=(0, 1),
     confirm_seeds=(10,),
-    deep={100: _TINY, 200: _TINY},
+    deep={part: Deep(_TINY, (0,)) for part in FULL.deep},
     deep_rate=1.6e-2,
-    deep_seeds=(0,),
     long=_TINY,
     long_seeds=(0,),
     arms=("residual", "mHC, maps at 10 times the rate", "history, uniform"),

@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.quality.protocol import FULL, TEXT_HASH, Protocol, bits_of_frequencies
+from benchmarks.quality.protocol import TEXT_HASH, bits_of_frequencies
 from benchmarks.timing import environment, write_json
 
 
 class Key(NamedTuple):
-    """What a run is found by. Parts: "tuning", "arms", "100 branches" and the like, "long"."""
+    """What a run is found by.
+
+    Parts: "arms" and its "tuning", "confirm", "long" and its "long tuning", and those of `Protocol.deep`.
+    """
 
     part: str
     arm: str
@@ -62,14 +65,13 @@ def of(content: Mapping[str, Any], part: str, arm: str, rate: float | None = Non
     return sorted((run for run in runs if rate in (None, run["rate"])), key=lambda run: run["seed"])
 
 
-def tuned(content: Mapping[str, Any], arm: str, protocol: Protocol = FULL) -> tuple[float, bool]:
+def tuned(content: Mapping[str, Any], arm: str, part: str = "tuning") -> tuple[float, bool]:
     """The learning rate with the least mean loss over the tuning seeds, and whether that is sure to be the best.
 
     It is not where the best rate is the least or the largest that was tried. A run that diverged counts as infinite.
     """
-    runs = of(content, "tuning", arm)
-    rates = sorted({run["rate"] for run in runs})
-    means = [np.mean([losses(of(content, "tuning", arm, rate))]) for rate in rates]
+    rates = sorted({run["rate"] for run in of(content, part, arm)})
+    means = [np.mean([losses(of(content, part, arm, rate))]) for rate in rates]
     best = int(np.argmin(means))
     return rates[best], len(rates) == 1 or 0 < best < len(rates) - 1
 

@@ -148,8 +148,8 @@ def long_table(records: Mapping[str, Any]) -> str:
     for arm in LONG:
         if runs := of(content, "long", arm):
             over = "" if arm == "residual" else shown(paired(content, arm, "residual", "long"))
-            rows.append([arm, f"{losses(runs).mean():.3f}", over])
-    return recorded_table([f"{FULL.long.steps} steps", "bits per byte", "over residual"], rows)
+            rows.append([arm, f"{runs[0]['rate']:g}", f"{losses(runs).mean():.3f}", over])
+    return recorded_table([f"{FULL.long.steps} steps", "rate", "bits per byte", "over residual"], rows)
 
 
 def largest_rates(content: Mapping[str, Any], part: str, arm: str) -> list[float]:
@@ -161,24 +161,34 @@ def largest_rates(content: Mapping[str, Any], part: str, arm: str) -> list[float
     ]
 
 
+def geometric(rates: Sequence[float]) -> str:
+    """The geometric mean of the rates that are not 0, and its 95% interval, for two of them and more."""
+    found = [rate for rate in rates if rate]
+    if not found:
+        return ABSENT
+    mean, half = interval(np.log(found))
+    text = f"{np.exp(mean):.2g}"
+    return f"{text} ({np.exp(mean - half):.2g} to {np.exp(mean + half):.2g})" if np.isfinite(half) else text
+
+
 def depth_table(records: Mapping[str, Any]) -> str:
     """Largest rates, and what happens at the rate that all arms were tried with."""
     content = records.get(RESULT.name, {"runs": []})
     rows = []
-    for branches in FULL.deep:
+    for part in FULL.deep:
         for arm in DEEP:
-            part = f"{branches} branches"
             if not (runs := of(content, part, arm, FULL.deep_rate)):
                 continue
             largest = largest_rates(content, part, arm)
-            spread = f"{min(largest):g}" if min(largest) == max(largest) else f"{min(largest):g} to {max(largest):g}"
+            train = f"{np.count_nonzero(largest)} of {len(largest)}"
             first = np.mean([run["first gradient norm"] for run in runs])
             norms = [max((norm or np.inf) for norm in run["gradient norm"]) for run in runs]
             gain = max(max(one or np.inf for one in run["largest gain"]) for run in runs)
             gains = ABSENT if arm == "residual" else f"{gain:.3g}"
             loss = losses(runs).mean()
-            rows.append([str(branches), arm, spread, f"{loss:.3f}", f"{first:.2g}", f"{np.mean(norms):.2g}", gains])
-    header = ["branches", "arm", "largest rate", f"bits per byte at {FULL.deep_rate:g}"]
+            figures = [f"{loss:.3f}", f"{first:.2g}", f"{np.mean(norms):.2g}", gains]
+            rows.append([part, arm, train, geometric(largest), *figures])
+    header = ["network", "arm", "seeds that train", "largest rate", f"bits per byte at {FULL.deep_rate:g}"]
     return recorded_table([*header, "gradient norm, first", "largest", "largest gain"], rows)
 
 
@@ -219,7 +229,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
 
 def deep(content: Mapping[str, Any]) -> list[str]:
     """The parts with deep networks that are recorded."""
-    return [part for part in (f"{branches} branches" for branches in FULL.deep) if of(content, part, DEEP[0])]
+    return [part for part in FULL.deep if of(content, part, DEEP[0])]
 
 
 def draw_depth(content: Mapping[str, Any], path: Path) -> None:
@@ -232,7 +242,7 @@ def draw_depth(content: Mapping[str, Any], path: Path) -> None:
             for axis, name in zip(row, ("largest gain", "gradient norm", "training loss"), strict=True):
                 for run in runs:
                     values = np.array(run[name], float)
-                    steps = FULL.deep[int(part.split()[0])].every * (1 + np.arange(len(values)))
+                    steps = FULL.deep[part].sizes.every * (1 + np.arange(len(values)))
                     axis.plot(steps, values, color=color, alpha=0.8, label=arm if run is runs[0] else None)
                 axis.set(xlabel="step", ylabel=name, title=part)
         row[0].set_yscale("log")

@@ -40,7 +40,7 @@ class Study:
 
         with ThreadPoolExecutor(2) as pool:
             runs = list(pool.map(one, missing))
-        if missing[0].part == "tuning":  # of these the loss is used alone
+        if missing[0].part.endswith("tuning"):  # of these the loss is used alone
             runs = [{name: run[name] for name in (*Key._fields, "loss")} for run in runs]
         for run in runs:
             if run["seed"] and "patterns" in run:  # pictures are of seed 0
@@ -48,36 +48,34 @@ class Study:
             print(f"{run['part']}, {run['arm']}, seed {run['seed']}, rate {run['rate']:g}: {run['loss']}", flush=True)
         self.record.add(runs)
 
+    def tune(self, arm: str, part: str, sizes: Sizes) -> float:
+        """The learning rate with the least loss; the rates that are tried grow until it lies between two others."""
+        rates = list(self.protocol.rates)
+        while True:
+            self.run([Key(part, arm, seed, rate) for rate in rates for seed in self.protocol.tuning_seeds], sizes)
+            best, inside = tuned(self.record.content, arm, part)
+            if inside:
+                return best
+            rates.append(best / 2 if best == min(rates) else 2 * best)
+
     def arms(self, names: Iterable[str]) -> None:
         """Tunes the rate of every arm, and trains it from all seeds."""
-        protocol, content = self.protocol, self.record.content
         for arm in self.protocol.chosen(names):
-            rates = list(protocol.rates)
-            while True:
-                self.run(
-                    [Key("tuning", arm, seed, rate) for rate in rates for seed in protocol.tuning_seeds],
-                    protocol.sizes,
-                )
-                best, inside = tuned(content, arm)
-                if inside:
-                    break
-                rates.append(best / 2 if best == min(rates) else 2 * best)
-            self.run([Key("arms", arm, seed, best) for seed in protocol.seeds], protocol.sizes)
+            rate = self.tune(arm, "tuning", self.protocol.sizes)
+            self.run([Key("arms", arm, seed, rate) for seed in self.protocol.seeds], self.protocol.sizes)
 
-    def depth(self, branches: int) -> None:
+    def depth(self, part: str) -> None:
         """The largest learning rate at which deep networks train: factors of 2, up from one that does."""
-        first, sizes = self.protocol.deep_rate, self.protocol.deep[branches]
+        first, deep = self.protocol.deep_rate, self.protocol.deep[part]
 
         def learning(arm: str, seeds: list[int], rate: float) -> list[int]:
-            part = f"{branches} branches"
-            self.run([Key(part, arm, seed, rate) for seed in seeds], sizes)
+            self.run([Key(part, arm, seed, rate) for seed in seeds], deep.sizes)
             runs = of(self.record.content, part, arm, rate)
             return [run["seed"] for run in runs if run["seed"] in seeds and trains(self.record.content, run)]
 
         for arm in self.protocol.chosen(DEEP):
-            seeds = list(self.protocol.deep_seeds)
-            up = learning(arm, seeds, first)
-            down = [seed for seed in seeds if seed not in up]
+            up = learning(arm, list(deep.seeds), first)
+            down = [seed for seed in deep.seeds if seed not in up]
             for exponent in range(1, MOST_DOUBLINGS + 1):
                 up = learning(arm, up, first * 2**exponent)
             for exponent in range(1, MOST_HALVINGS + 1):
@@ -85,9 +83,9 @@ class Study:
                 down = [seed for seed in down if seed not in found]
 
     def long(self) -> None:
-        """Whether differences last: the arms at their tuned rates, for more steps."""
+        """Whether differences last: more steps, at rates of their own."""
         for arm in self.protocol.chosen(LONG):
-            rate, _ = tuned(self.record.content, arm)
+            rate = self.tune(arm, "long tuning", self.protocol.long)
             self.run([Key("long", arm, seed, rate) for seed in self.protocol.long_seeds], self.protocol.long)
 
     def confirm(self) -> None:
@@ -107,10 +105,12 @@ PARTS: dict[str, Callable[[Study], None]] = {
     "first": lambda study: study.arms(FIRST),
     "confirm": Study.confirm,
     "fewer": lambda study: study.arms(FEWER),
-    "depth 100": lambda study: study.depth(100),
+    "depth 100": lambda study: study.depth("100 branches"),
     "further": lambda study: study.arms(FURTHER),
-    "depth 200": lambda study: study.depth(200),
+    "depth 200": lambda study: study.depth("200 branches"),
+    "depth 100, longer": lambda study: study.depth("100 branches, 400 steps"),
     "long": Study.long,
+    "depth 200, longer": lambda study: study.depth("200 branches, 400 steps"),
     "costs": Study.costs,
 }
 

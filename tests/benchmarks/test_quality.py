@@ -126,6 +126,13 @@ def test_the_largest_rate_is_the_last_that_trains(tmp_path, monkeypatch):
     assert not trains(record.content, {"loss": chance})
 
 
+def test_the_mean_of_largest_rates_is_over_those_that_train():
+    low, high = np.exp(stats.ttest_1samp(np.log([0.02, 0.04]), 0).confidence_interval())
+    assert report.geometric([0.02, 0.0, 0.04]) == f"0.028 ({low:.2g} to {high:.2g})"
+    assert report.geometric([0.02, 0.0]) == "0.02"
+    assert report.geometric([0.0, 0.0]) == "—"
+
+
 def test_a_record_of_another_text_is_refused(tmp_path):
     path = tmp_path / "record.json"
     path.write_text(json.dumps({"text": "another", "runs": []}))
@@ -192,7 +199,7 @@ def test_a_quick_study_is_reported(tmp_path):
         f"| {n}" for n in protocol.QUICK.arms
     ]
     assert len(report.maps_table(records).splitlines()) == 3
-    assert len(report.depth_table(records).splitlines()) == 2 + 2 * 2
+    assert len(report.depth_table(records).splitlines()) == 2 + 2 * len(protocol.FULL.deep)
     assert len(report.long_table(records).splitlines()) == 2 + 1
     for draw, result, figure in report.figures(records):
         draw(records[result.name], tmp_path / figure.name)
