@@ -24,7 +24,6 @@ SUITES: dict[str, list[tuple[list[str], str]]] = {
     "decoder": [([], "decoder-cpu.json")],
     "torch_front": [([], "torch_front-cpu.json"), (["--compiled"], "torch_front-compiled-cpu.json")],
     "bridge": [(["call"], "bridge-cpu.json"), (["conversion"], "bridge_conversion.json")],
-    "stream_gain": [([], "stream-gain.json")],
     "quality": [([], "quality-cpu.json")],
 }
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decoder, plans, stream_gain
+from benchmarks import decoder, plans
 from benchmarks.accelerators import pages
 from benchmarks.markdown import ABSENT, markdown
 from benchmarks.quality import report as quality
@@ -167,21 +167,13 @@ def filled(page: str, records: Mapping[str, Any]) -> str:
     return PLACE.sub(lambda place: f"{place[1]}\n{TABLES[place[2]](records)}\n{place[3]}", page)
 
 
-def figures(records: Mapping[str, Any]) -> list[tuple[Callable[[Any, Path], None], Path, Path]]:
-    """What draws each figure, from which result, to which file."""
-    found = quality.figures(records)
-    if stream_gain.RESULT.name in records:
-        found.append((stream_gain.draw, stream_gain.RESULT, stream_gain.FIGURE))
-    return found
-
-
 def write() -> None:
     """Puts the tables into their pages and draws the figures again, from the recorded results."""
     records = load(RESULTS)
     for page in PAGES:
         text = filled(page.read_text(), records)
         _replace(page, partial(Path.write_text, data=text))
-    for draw, result, figure in figures(records):
+    for draw, result, figure in quality.figures(records):
         _replace(ROOT / figure, partial(draw, records[result.name]))
 
 

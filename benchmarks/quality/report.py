@@ -162,13 +162,13 @@ def largest_rates(content: Mapping[str, Any], part: str, arm: str) -> list[float
 
 
 def geometric(rates: Sequence[float]) -> str:
-    """The geometric mean of the rates that are not 0, and its 95% interval, for two of them and more."""
+    """The geometric mean of the rates that are not 0, and its 95% interval: of few of them that would say nothing."""
     found = [rate for rate in rates if rate]
     if not found:
         return ABSENT
     mean, half = interval(np.log(found))
     text = f"{np.exp(mean):.2g}"
-    return f"{text} ({np.exp(mean - half):.2g} to {np.exp(mean + half):.2g})" if np.isfinite(half) else text
+    return text if len(found) < 5 else f"{text} ({np.exp(mean - half):.2g} to {np.exp(mean + half):.2g})"
 
 
 def depth_table(records: Mapping[str, Any]) -> str:

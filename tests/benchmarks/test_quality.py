@@ -127,9 +127,10 @@ def test_the_largest_rate_is_the_last_that_trains(tmp_path, monkeypatch):
 
 
 def test_the_mean_of_largest_rates_is_over_those_that_train():
-    low, high = np.exp(stats.ttest_1samp(np.log([0.02, 0.04]), 0).confidence_interval())
-    assert report.geometric([0.02, 0.0, 0.04]) == f"0.028 ({low:.2g} to {high:.2g})"
-    assert report.geometric([0.02, 0.0]) == "0.02"
+    rates = [0.02, 0.02, 0.04, 0.04, 0.08]
+    low, high = np.exp(stats.ttest_1samp(np.log(rates), 0).confidence_interval())
+    assert report.geometric([*rates, 0.0]) == f"0.035 ({low:.2g} to {high:.2g})"
+    assert report.geometric([0.02, 0.0, 0.04]) == "0.028"
     assert report.geometric([0.0, 0.0]) == "—"
 
 
