@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -63,6 +63,34 @@ from bridge.weights.rules import terms
 from mhc_torch.retrofitting import around_ends, called_otherwise
 
 _FLOAT32 = epsilon(np.float32)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One call of a layer, as both sides run it alone.
+
+    Attributes:
+        index: which call of the layer it is.
+        given: what the JAX layer was given, as numpy arrays in the order of the call.
+        into, out: which array of torch is which of JAX, of what goes in, and of what comes out.
+        names: of the outputs, in the order of `out`, on either side.
+        cotangents: of the outputs, as JAX has them, in the order of `out`.
+    """
+
+    pair: ModulePair
+    index: int
+    jax_call: Call
+    torch_call: Call
+    given: list[np.ndarray]
+    into: Sequence[Partners]
+    out: Sequence[Partners]
+    names: tuple[list[str], list[str]]
+    cotangents: list[np.ndarray]
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """How each output of JAX is laid out in torch."""
+        return [x.how for x in self.out]
 
 
 class Layers:
@@ -249,9 +277,9 @@ class Layers:
             return
         names = [names[0][x.jax] for x in out], [names[1][x.torch] for x in out]
         cotangents = [self.rng.standard_normal(outputs[x.jax].shape).astype(outputs[x.jax].dtype) for x in out]
-        layouts = [x.how for x in out]
+        alone = Alone(pair, index, jax_call, torch_call, given, into, out, names, cotangents)
         try:
-            runs = self._pulls(pair, jax_call, torch_call, index, given, cotangents, into, layouts, names)
+            runs = self._pulls(alone)
         except NoReferenceError as error:
             self.alone[path] = str(error)
             return
@@ -261,31 +289,22 @@ class Layers:
                 f"{describe(jax_call)} (jax), {describe(torch_call)} (torch)"
             )
             raise
-        yield from self._judge_alone(pair, runs, given, cotangents, into, layouts)
+        yield from self._judge_alone(alone, runs)
 
-    def _pulls(
-        self,
-        pair: ModulePair,
-        jax_call: Call,
-        torch_call: Call,
-        index: int,
-        given: list[np.ndarray],
-        cotangents: list[np.ndarray],
-        into: Sequence[Partners],
-        out: Sequence[Layout],
-        names: tuple[list[str], list[str]],
-    ) -> Runs[Pull]:
+    def _pulls(self, alone: Alone) -> Runs[Pull]:
+        pair, index, jax_call, torch_call = alone.pair, alone.index, alone.jax_call, alone.torch_call
+        given, cotangents, names = alone.given, alone.cotangents, alone.names
         torch_given = [to_numpy(x) for x in floats(torch_call.given)]
-        doubles = {x.jax: double(given[x.jax]) for x in into}
-        torch_doubles = {x.torch: x.how[0](doubles[x.jax]) for x in into}
+        doubles = {x.jax: double(given[x.jax]) for x in alone.into}
+        torch_doubles = {x.torch: x.how[0](doubles[x.jax]) for x in alone.into}
         for place, array in torch_doubles.items():
             torch_given[place] = array.astype(torch_given[place].dtype)
-        torch_cotangents = [how[0](c) for how, c in zip(out, cotangents, strict=True)]
+        torch_cotangents = [how[0](c) for how, c in zip(alone.layouts, cotangents, strict=True)]
 
         def jax_given(run: Seen) -> list[np.ndarray]:
             return _given(run, pair, index, jax_call, doubles)
 
-        alone, back = pair.torch in self.plain, pair.torch not in self.forward
+        plainly, back = pair.torch in self.plain, pair.torch not in self.forward
         module = taken(self.jax, pair)
         plain = pull_program(module, jax_call, given, cotangents, names[0], back)
         with jax.enable_x64(True):
@@ -314,7 +333,9 @@ class Layers:
             wide_cotangents = [double(c) for c in torch_cotangents]
             submodel = model.get_submodule(pair.torch)
             given = torch_call.map(_double)
-            return pull_torch(submodel, given, inputs, wide_cotangents, names[1], exact, noise, alone=alone, back=back)
+            return pull_torch(
+                submodel, given, inputs, wide_cotangents, names[1], exact, noise, alone=plainly, back=back
+            )
 
         runs = self._exact(
             jax_run,
@@ -327,18 +348,11 @@ class Layers:
         program = self.programs.of(*plain)
         runs.jax = as_pull(module, program(*plain[2:]), program.coarsest())
         submodel = self.torch.get_submodule(pair.torch)
-        runs.torch = pull_torch(submodel, torch_call, torch_given, torch_cotangents, names[1], alone=alone, back=back)
+        runs.torch = pull_torch(submodel, torch_call, torch_given, torch_cotangents, names[1], alone=plainly, back=back)
         return runs
 
-    def _judge_alone(
-        self,
-        pair: ModulePair,
-        runs: Runs[Pull],
-        given: list[np.ndarray],
-        cotangents: list[np.ndarray],
-        into: Sequence[Partners],
-        out: Sequence[Layout],
-    ) -> Iterator[Row]:
+    def _judge_alone(self, alone: Alone, runs: Runs[Pull]) -> Iterator[Row]:
+        pair, given, into = alone.pair, alone.given, alone.into
         t, t64 = runs.torch, runs.torch64
         module = self.torch.get_submodule(pair.torch)
         n = reduction(module, given)
@@ -350,7 +364,7 @@ class Layers:
         )
         reference_eps = self.reference_eps
 
-        for i, how in enumerate(out):
+        for i, how in enumerate(alone.layouts):
             value = runs.values(item(attrgetter("outputs"), i), how=how)
             yield judge("layer alone: value", pair.torch, pair.jax, value, n, 0.0, eps, reference_eps)
 
@@ -371,7 +385,7 @@ class Layers:
         cancelling = terms(
             module,
             [x.how[0](double(given[x.jax])) for x in into],
-            [how[0](double(c)) for how, c in zip(out, cotangents, strict=True)],
+            [how[0](double(c)) for how, c in zip(alone.layouts, alone.cotangents, strict=True)],
         )
         names = [name for name in parameters(runs.jax) if name in t.parameters]
         inputs = attrgetter("inputs")
