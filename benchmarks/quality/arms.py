@@ -86,7 +86,8 @@ FEWER = {
     "HC, n = 2": _streams("none", n=2),
     "mHC, maps at 10 times the rate, n = 2": _streams("sinkhorn", n=2, maps_rate=10.0),
 }
-ARMS = FIRST | FURTHER | FEWER
+DEEP_ONLY = {"residual, 1.5 times as wide": Arm(width=1.5)}
+ARMS = FIRST | FURTHER | FEWER | DEEP_ONLY
 DEEP = ("residual", "HC", "mHC", "mHC, mixed", "history, uniform")
 CONFIRMED = (
     "residual",
@@ -98,7 +99,19 @@ CONFIRMED = (
     "residual, longer",
     "one stream with gates",
 )
-LONG = ("residual", "mHC, mixed", "identity, mixed", "residual, wider", "one stream with gates", "mHC", "HC")
+COMPARED = {
+    "long": ("residual", "mHC, mixed", "identity, mixed", "residual, wider", "one stream with gates", "mHC", "HC"),
+    "deep": (
+        "residual",
+        "one stream with gates",
+        "residual, 1.5 times as wide",
+        "mHC",
+        "identity, mixed",
+        "mHC, mixed",
+        "history, uniform",
+        "HC",
+    ),
+}
 
 
 def network(arm: Arm, sizes: Sizes, seed: int) -> Decoder:

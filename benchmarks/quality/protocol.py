@@ -46,27 +46,34 @@ class Deep:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Arms at rates of their own, tuned as those of the main comparison; of `arms.COMPARED`."""
+
+    sizes: Sizes
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Protocol:
     """The whole study.
 
     Attributes:
-        rates: of which every arm gets its best by the tuning seeds; at an edge the next by a factor of 2 is tried, too.
+        main: every arm; of the rates it gets its best by the tuning seeds, and at an edge the next by a factor of 2 is
+            tried, too.
         confirm_seeds: from which the main comparison is done again.
         deep: by the name of the part.
         deep_rate: the first rate that is tried there; factors of 2 from there.
-        long: of the runs that ask whether a difference lasts; the rate is tuned for these again.
+        compared: further comparisons, by the name of the part.
         arms: those that run; none for all.
     """
 
-    sizes: Sizes
-    rates: tuple[float, ...]
+    main: Comparison
     tuning_seeds: tuple[int, ...]
-    seeds: tuple[int, ...]
     confirm_seeds: tuple[int, ...]
     deep: dict[str, Deep]
     deep_rate: float
-    long: Sizes
-    long_seeds: tuple[int, ...]
+    compared: dict[str, Comparison]
     arms: tuple[str, ...] = ()
 
     def chosen(self, arms: Iterable[str]) -> list[str]:
@@ -78,11 +85,11 @@ def _deep(branches: int, steps: int, seeds: int) -> Deep:
     return Deep(sizes, tuple(range(seeds)))
 
 
+_RATES = (5e-3, 1e-2, 2e-2)
+
 FULL = Protocol(
-    sizes=Sizes(),
-    rates=(5e-3, 1e-2, 2e-2),
+    main=Comparison(Sizes(), _RATES, seeds=(0, 1, 2, 3, 4)),
     tuning_seeds=(100, 101),
-    seeds=(0, 1, 2, 3, 4),
     confirm_seeds=tuple(range(10, 20)),
     deep={
         "100 branches": _deep(100, steps=100, seeds=3),
@@ -91,21 +98,20 @@ FULL = Protocol(
         "200 branches, 400 steps": _deep(200, steps=400, seeds=5),
     },
     deep_rate=1.6e-2,
-    long=Sizes(steps=1200),
-    long_seeds=tuple(range(10)),
+    compared={
+        "long": Comparison(Sizes(steps=1200), _RATES, seeds=tuple(range(10))),
+        "deep": Comparison(_deep(100, steps=400, seeds=0).sizes, (4e-3, 8e-3, 1.6e-2), seeds=tuple(range(10))),
+    },
 )
 
 _TINY = Sizes(16, 1, heads=2, batch=2, length=16, steps=4, warmup=2, every=2, held_out=4)
 QUICK = Protocol(
-    sizes=_TINY,
-    rates=(1e-2,),
+    main=Comparison(_TINY, (1e-2,), seeds=(0, 1)),
     tuning_seeds=(100,),
-    seeds=(0, 1),
     confirm_seeds=(10,),
     deep={part: Deep(_TINY, (0,)) for part in FULL.deep},
     deep_rate=1.6e-2,
-    long=_TINY,
-    long_seeds=(0,),
+    compared={part: Comparison(_TINY, (1e-2,), seeds=(0,)) for part in FULL.compared},
     arms=("residual", "mHC, maps at 10 times the rate", "history, uniform"),
 )
 

@@ -14,7 +14,8 @@ from benchmarks.timing import environment, write_json
 class Key(NamedTuple):
     """What a run is found by.
 
-    Parts: "arms" and its "tuning", "confirm", "long" and its "long tuning", and those of `Protocol.deep`.
+    Parts: "arms" and its "tuning", "confirm"; those of `Protocol.compared` as "long", and its "long tuning"; those of
+    `Protocol.deep`.
     """
 
     part: str

@@ -1,6 +1,7 @@
 """What docs/quality.md shows of the record: tables and figures. Nothing here is run."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import numpy as np
 from scipy.stats import t
 
 from benchmarks.markdown import ABSENT, NOT_RECORDED, markdown
-from benchmarks.quality.arms import ARMS, DEEP, LONG
+from benchmarks.quality.arms import ARMS, COMPARED, DEEP
 from benchmarks.quality.protocol import FULL, RESULT
 from benchmarks.quality.record import losses, of, trains, tuned
 
 FIGURE = Path("docs/images/quality.png")
 LONGER = "residual, longer"
+GATES = "one stream with gates"
 DEPTH = Path("docs/images/depth.png")
 PATTERNS = Path("docs/images/maps.png")
 PAIRS = (
@@ -142,14 +144,15 @@ def pairs_table(records: Mapping[str, Any]) -> str:
     return recorded_table(["arm", "over", "bits per byte", "confirmed", "all seeds"], rows)
 
 
-def long_table(records: Mapping[str, Any]) -> str:
+def compared_table(records: Mapping[str, Any], part: str, bases: Sequence[str]) -> str:
+    """The arms of a further comparison over some of them."""
     content = records.get(RESULT.name, {"runs": []})
     rows = []
-    for arm in LONG:
-        if runs := of(content, "long", arm):
-            over = "" if arm == "residual" else shown(paired(content, arm, "residual", "long"))
-            rows.append([arm, f"{runs[0]['rate']:g}", f"{losses(runs).mean():.3f}", over])
-    return recorded_table([f"{FULL.long.steps} steps", "rate", "bits per byte", "over residual"], rows)
+    for arm in COMPARED[part]:
+        if runs := of(content, part, arm):
+            over = ["" if arm == base else shown(paired(content, arm, base, part)) for base in bases]
+            rows.append([arm, f"{runs[0]['rate']:g}", f"{losses(runs).mean():.3f}", *over])
+    return recorded_table(["arm", "rate", "bits per byte", *(f"over {base}" for base in bases)], rows)
 
 
 def largest_rates(content: Mapping[str, Any], part: str, arm: str) -> list[float]:
@@ -221,7 +224,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
                 axis.errorbar(mean, place + above, xerr=half, fmt="o", color=color, markerfacecolor=face, capsize=3)
     axis.set_yticks(range(len(arms)), list(reversed(arms)))
     axis.axvline(0, color="black", linewidth=1)
-    title = f"95% intervals: hollow, {len(FULL.seeds)} seeds; full, {len(FULL.confirm_seeds)} other seeds"
+    title = f"95% intervals: hollow, {len(FULL.main.seeds)} seeds; full, {len(FULL.confirm_seeds)} other seeds"
     axis.set(xlabel="held-out bits per byte, over the residual network (less is better)", title=title)
     axis.grid(axis="x", alpha=0.3)
     _save(figure, path)
@@ -285,7 +288,8 @@ TABLES = {
     "pairs": pairs_table,
     "depth": depth_table,
     "maps": maps_table,
-    "long": long_table,
+    "long": partial(compared_table, part="long", bases=("residual", "residual, wider", GATES)),
+    "deep": partial(compared_table, part="deep", bases=("residual", "residual, 1.5 times as wide", GATES)),
 }
 
 

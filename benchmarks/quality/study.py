@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from benchmarks.quality.arms import ARMS, CONFIRMED, DEEP, FEWER, FIRST, FURTHER, LONG, cost
-from benchmarks.quality.protocol import FULL, Protocol, Sizes
+from benchmarks.quality.arms import ARMS, COMPARED, CONFIRMED, DEEP, FEWER, FIRST, FURTHER, cost
+from benchmarks.quality.protocol import FULL, Comparison, Protocol, Sizes
 from benchmarks.quality.record import Key, Record, of, trains, tuned
 from benchmarks.quality.train import train
 
@@ -48,21 +48,24 @@ class Study:
             print(f"{run['part']}, {run['arm']}, seed {run['seed']}, rate {run['rate']:g}: {run['loss']}", flush=True)
         self.record.add(runs)
 
-    def tune(self, arm: str, part: str, sizes: Sizes) -> float:
-        """The learning rate with the least loss; the rates that are tried grow until it lies between two others."""
-        rates = list(self.protocol.rates)
-        while True:
-            self.run([Key(part, arm, seed, rate) for rate in rates for seed in self.protocol.tuning_seeds], sizes)
-            best, inside = tuned(self.record.content, arm, part)
-            if inside:
-                return best
-            rates.append(best / 2 if best == min(rates) else 2 * best)
-
-    def arms(self, names: Iterable[str]) -> None:
+    def compare(self, names: Iterable[str], comparison: Comparison, part: str, tuning: str) -> None:
         """Tunes the rate of every arm, and trains it from all seeds."""
         for arm in self.protocol.chosen(names):
-            rate = self.tune(arm, "tuning", self.protocol.sizes)
-            self.run([Key("arms", arm, seed, rate) for seed in self.protocol.seeds], self.protocol.sizes)
+            rates = list(comparison.rates)
+            while True:
+                keys = [Key(tuning, arm, seed, rate) for rate in rates for seed in self.protocol.tuning_seeds]
+                self.run(keys, comparison.sizes)
+                best, inside = tuned(self.record.content, arm, tuning)
+                if inside:
+                    break
+                rates.append(best / 2 if best == min(rates) else 2 * best)
+            self.run([Key(part, arm, seed, best) for seed in comparison.seeds], comparison.sizes)
+
+    def main(self, names: Iterable[str]) -> None:
+        self.compare(names, self.protocol.main, "arms", "tuning")
+
+    def further(self, part: str) -> None:
+        self.compare(COMPARED[part], self.protocol.compared[part], part, f"{part} tuning")
 
     def depth(self, part: str) -> None:
         """The largest learning rate at which deep networks train: factors of 2, up from one that does."""
@@ -82,34 +85,31 @@ class Study:
                 found = learning(arm, down, first / 2**exponent)
                 down = [seed for seed in down if seed not in found]
 
-    def long(self) -> None:
-        """Whether differences last: more steps, at rates of their own."""
-        for arm in self.protocol.chosen(LONG):
-            rate = self.tune(arm, "long tuning", self.protocol.long)
-            self.run([Key("long", arm, seed, rate) for seed in self.protocol.long_seeds], self.protocol.long)
-
     def confirm(self) -> None:
         """The main comparison again, from seeds of its own."""
         for arm in self.protocol.chosen(CONFIRMED):
             rate, _ = tuned(self.record.content, arm)
-            self.run([Key("confirm", arm, seed, rate) for seed in self.protocol.confirm_seeds], self.protocol.sizes)
+            self.run(
+                [Key("confirm", arm, seed, rate) for seed in self.protocol.confirm_seeds], self.protocol.main.sizes
+            )
 
     def costs(self) -> None:
         """Of the arms that are recorded."""
         for name in self.protocol.chosen(ARMS):
             if of(self.record.content, "arms", name) and name not in self.record.content["costs"]:
-                self.record.add_cost(name, cost(ARMS[name], self.protocol.sizes))
+                self.record.add_cost(name, cost(ARMS[name], self.protocol.main.sizes))
 
 
 PARTS: dict[str, Callable[[Study], None]] = {
-    "first": lambda study: study.arms(FIRST),
+    "first": lambda study: study.main(FIRST),
     "confirm": Study.confirm,
-    "fewer": lambda study: study.arms(FEWER),
+    "fewer": lambda study: study.main(FEWER),
     "depth 100": lambda study: study.depth("100 branches"),
-    "further": lambda study: study.arms(FURTHER),
+    "further": lambda study: study.main(FURTHER),
     "depth 200": lambda study: study.depth("200 branches"),
     "depth 100, longer": lambda study: study.depth("100 branches, 400 steps"),
-    "long": Study.long,
+    "long": lambda study: study.further("long"),
+    "deep": lambda study: study.further("deep"),
     "depth 200, longer": lambda study: study.depth("200 branches, 400 steps"),
     "costs": Study.costs,
 }
@@ -134,7 +134,7 @@ def differences(record: Record, arm: str, seed: int, protocol: Protocol = FULL) 
     recorded = next((run for run in of(record.content, "arms", arm) if run["seed"] == seed), None)
     if recorded is None:
         raise ValueError(f"no run of {arm!r} from seed {seed} is recorded in {record.path}")
-    again = train(ARMS[arm], protocol.sizes, seed, recorded["rate"])
+    again = train(ARMS[arm], protocol.main.sizes, seed, recorded["rate"])
     return [
         f"{name}: recorded {recorded[name]}, now {again[name]}"
         for name in again

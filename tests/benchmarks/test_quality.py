@@ -17,7 +17,7 @@ from benchmarks.quality.arms import ARMS, network
 from benchmarks.quality.record import Key, Record, key, trains, tuned
 from mhc_jax.nn import ConnectionParam
 
-SIZES = protocol.QUICK.sizes
+SIZES = protocol.QUICK.main.sizes
 
 
 def plain_loop(arm, sizes, seed, rate):
@@ -58,7 +58,7 @@ def test_a_run_is_the_one_of_a_plain_loop():
 
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_makes_a_network_of_whole_heads_and_stretches(name):
-    sizes = ARMS[name].sized(protocol.FULL.sizes)
+    sizes = ARMS[name].sized(protocol.FULL.main.sizes)
     assert sizes.steps % sizes.every == 0
     model = nnx.eval_shape(lambda: network(ARMS[name], sizes, 0))
     assert model.embed_tokens.embedding.shape == (256, sizes.width)
@@ -201,7 +201,8 @@ def test_a_quick_study_is_reported(tmp_path):
     ]
     assert len(report.maps_table(records).splitlines()) == 3
     assert len(report.depth_table(records).splitlines()) == 2 + 2 * len(protocol.FULL.deep)
-    assert len(report.long_table(records).splitlines()) == 2 + 1
+    assert len(report.TABLES["long"](records).splitlines()) == 2 + 1
+    assert len(report.TABLES["deep"](records).splitlines()) == 2 + 2
     for draw, result, figure in report.figures(records):
         draw(records[result.name], tmp_path / figure.name)
         assert matplotlib.image.imread(tmp_path / figure.name).ndim == 3
