@@ -213,20 +213,32 @@ def maps_table(records: Mapping[str, Any]) -> str:
 
 
 def draw(content: Mapping[str, Any], path: Path) -> None:
-    """Every arm over the residual network, with intervals: of the main comparison, and of the one that confirms it."""
-    arms = [arm for arm in recorded(content) if arm != "residual"]
-    figure, axis = plt.subplots(figsize=(9, 1.1 + 0.3 * len(arms)), layout="constrained")
-    for place, arm in enumerate(reversed(arms)):
-        color = {"residual": "tab:gray", "history": "tab:green"}.get(arm.split(",")[0], "tab:blue")
-        for part, above, face in (("arms", 0.1, "white"), ("confirm", -0.15, color)):
-            if found := paired(content, arm, "residual", part):
-                mean, half = found
-                axis.errorbar(mean, place + above, xerr=half, fmt="o", color=color, markerfacecolor=face, capsize=3)
-    axis.set_yticks(range(len(arms)), list(reversed(arms)))
-    axis.axvline(0, color="black", linewidth=1)
-    title = f"95% intervals: hollow, {len(FULL.main.seeds)} seeds; full, {len(FULL.confirm_seeds)} other seeds"
-    axis.set(xlabel="held-out bits per byte, over the residual network (less is better)", title=title)
-    axis.grid(axis="x", alpha=0.3)
+    """Every arm over the residual network, with intervals, in each of the comparisons."""
+    panels = {
+        f"8 branches, {FULL.main.sizes.steps} steps": ("arms", "confirm"),
+        f"8 branches, {FULL.compared['long'].sizes.steps} steps": ("long",),
+        f"100 branches, {FULL.compared['deep'].sizes.steps} steps": ("deep",),
+    }
+    arms = [
+        arm for arm in ARMS if arm != "residual" and any(of(content, part, arm) for part in ("arms", "long", "deep"))
+    ]
+    size = (13, 1.4 + 0.3 * len(arms))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", sharey=True)
+    for axis, (title, parts) in zip(axes, panels.items(), strict=True):
+        for place, arm in enumerate(reversed(arms)):
+            color = {"residual": "tab:gray", "history": "tab:green"}.get(arm.split(",")[0], "tab:blue")
+            for part in parts:
+                if found := paired(content, arm, "residual", part):
+                    mean, half = found
+                    above = {"arms": 0.1, "confirm": -0.15}.get(part, 0)
+                    face = "white" if part == "arms" else color
+                    axis.errorbar(mean, place + above, xerr=half, fmt="o", color=color, markerfacecolor=face, capsize=3)
+        axis.axvline(0, color="black", linewidth=1)
+        axis.set_title(title)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(arms)), list(reversed(arms)))
+    seeds = f"hollow, {len(FULL.main.seeds)} seeds; full, {len(FULL.confirm_seeds)}"
+    figure.supxlabel(f"held-out bits per byte over the residual network, 95% intervals (less is better; {seeds})")
     _save(figure, path)
 
 
@@ -288,8 +300,8 @@ TABLES = {
     "pairs": pairs_table,
     "depth": depth_table,
     "maps": maps_table,
-    "long": partial(compared_table, part="long", bases=("residual", "residual, wider", GATES)),
-    "deep": partial(compared_table, part="deep", bases=("residual", "residual, 1.5 times as wide", GATES)),
+    "long": partial(compared_table, part="long", bases=("residual", "residual, wider", GATES, "mHC")),
+    "deep": partial(compared_table, part="deep", bases=("residual", "residual, 1.5 times as wide", GATES, "mHC")),
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,14 @@ def test_pages_show_the_recorded_results(page):
     text = page.read_text()
     assert table.PLACE.search(text)
     assert text == table.filled(text, RECORDS), ADVICE
+
+
+def test_what_the_study_says_in_words_stands_in_its_tables():
+    page = (ROOT / "docs/quality.md").read_text()
+    tables = " ".join(place[0] for place in table.PLACE.finditer(page))
+    text = " ".join(page.partition("## Protocol")[0].split())
+    for found in re.finditer(r"[-+]\d\.\d+ ± \d\.\d+|\d\.\d+ \(\d\.\d+ to \d\.\d+\)|\d\.\d+e[-+]\d+", text):
+        assert found[0] in tables
 
 
 @pytest.mark.parametrize(
