@@ -6,7 +6,8 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
 # Two runs go side by side, and in each `eigh` of many matrices holds one thread of XLA's pool while it waits for
 # others. The pool has a thread a core: on two cores both runs would wait for each other and never end.
-os.environ["NPROC"] = "4"
+# How sums are split depends on it: a run is repeated to the last digit with the threads that it was recorded with.
+os.environ.setdefault("NPROC", "4")
 
 import argparse
 import time
@@ -16,7 +17,7 @@ from benchmarks import quality, table
 from benchmarks.quality.arms import ARMS
 from benchmarks.quality.protocol import FULL, QUICK, RESULT
 from benchmarks.quality.record import Record
-from benchmarks.quality.study import PARTS, differences, study
+from benchmarks.quality.study import CHECKED, PARTS, differences, study
 from benchmarks.record import output_file
 
 
@@ -34,12 +35,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="train a recorded run again and compare")
     parser.add_argument("--arm", choices=ARMS, default="residual", help="of --check")
     parser.add_argument("--seed", type=int, default=0, help="of --check")
+    parser.add_argument("--part", choices=CHECKED, default="arms", help="of --check")
     options = parser.parse_args()
     if options.report:
         table.write()
         return
     if options.check:
-        found = differences(Record(options.output or RESULT), options.arm, options.seed)
+        found = differences(Record(options.output or RESULT), options.arm, options.seed, options.part)
         print("\n".join(found) or f"{options.arm}, seed {options.seed}: the recorded numbers")
         raise SystemExit(bool(found))
     output = output_file(options.output, RESULT.name, full=not options.quick)

@@ -1,5 +1,6 @@
 """The study, part by part, as docs/quality.md has it; what is recorded is not run again."""
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,8 @@ from benchmarks.quality.record import Key, Record, of, trains, tuned
 from benchmarks.quality.train import train
 
 MOST_DOUBLINGS, MOST_HALVINGS = 8, 4
+CHECKED = ("arms", "confirm", *FULL.compared)
+"""The parts in which an arm has one rate."""
 
 
 class OutOfTime(Exception):
@@ -36,12 +39,12 @@ class Study:
             raise OutOfTime
 
         def one(key: Key) -> dict[str, Any]:
-            return key._asdict() | train(ARMS[key.arm], sizes, key.seed, key.rate)
+            return key._asdict() | {"threads": threads()} | train(ARMS[key.arm], sizes, key.seed, key.rate)
 
         with ThreadPoolExecutor(2) as pool:
             runs = list(pool.map(one, missing))
         if missing[0].part.endswith("tuning"):  # of these the loss is used alone
-            runs = [{name: run[name] for name in (*Key._fields, "loss")} for run in runs]
+            runs = [{name: run[name] for name in (*Key._fields, "threads", "loss")} for run in runs]
         for run in runs:
             if run["seed"] and "patterns" in run:  # pictures are of seed 0
                 del run["patterns"]
@@ -125,16 +128,24 @@ def study(record: Record, protocol: Protocol, parts: Iterable[str], until: float
         print("out of time: the next call goes on from here")
 
 
-def differences(record: Record, arm: str, seed: int, protocol: Protocol = FULL) -> list[str]:
-    """What comes out otherwise than recorded as a run of the part "arms" is done again from nothing.
+def threads() -> int:
+    """Of XLA's pool."""
+    return int(os.environ.get("NPROC") or os.cpu_count() or 1)
+
+
+def differences(record: Record, arm: str, seed: int, part: str = "arms", protocol: Protocol = FULL) -> list[str]:
+    """What comes out otherwise than recorded as a run of a comparison is done again from nothing.
 
     Raises:
-        ValueError: it is not recorded.
+        ValueError: it is not recorded, or was with another number of threads than this process has.
     """
-    recorded = next((run for run in of(record.content, "arms", arm) if run["seed"] == seed), None)
+    recorded = next((run for run in of(record.content, part, arm) if run["seed"] == seed), None)
     if recorded is None:
-        raise ValueError(f"no run of {arm!r} from seed {seed} is recorded in {record.path}")
-    again = train(ARMS[arm], protocol.main.sizes, seed, recorded["rate"])
+        raise ValueError(f"no run of {arm!r} from seed {seed} is recorded in the part {part!r} of {record.path}")
+    if recorded["threads"] != threads():
+        raise ValueError(f"it was recorded with {recorded['threads']} threads: set NPROC={recorded['threads']} first")
+    comparison = protocol.compared.get(part, protocol.main)
+    again = train(ARMS[arm], comparison.sizes, seed, recorded["rate"])
     return [
         f"{name}: recorded {recorded[name]}, now {again[name]}"
         for name in again

@@ -144,13 +144,18 @@ def test_a_record_of_another_text_is_refused(tmp_path):
 def test_a_check_finds_what_differs(tmp_path, monkeypatch):
     record = Record(tmp_path / "record.json")
     arm = "residual"
-    record.add([Key("arms", arm, 0, 0.01)._asdict() | train.train(ARMS[arm], SIZES, 0, 0.01)])
-    assert study.differences(record, arm, 0, protocol.QUICK) == []
+    run = {"threads": study.threads()} | train.train(ARMS[arm], SIZES, 0, 0.01)
+    record.add([Key(part, arm, 0, 0.01)._asdict() | run for part in ("arms", "long")])
+    for part in ("arms", "long"):
+        assert study.differences(record, arm, 0, part, protocol.QUICK) == []
     record.content["runs"][0]["loss"] += 1e-5
-    (found,) = study.differences(record, arm, 0, protocol.QUICK)
+    (found,) = study.differences(record, arm, 0, protocol=protocol.QUICK)
     assert found.startswith("loss: recorded")
+    record.content["runs"][0]["threads"] += 1
+    with pytest.raises(ValueError, match="set NPROC="):
+        study.differences(record, arm, 0, protocol=protocol.QUICK)
     with pytest.raises(ValueError, match="no run of 'residual' from seed 1"):
-        study.differences(record, arm, 1, protocol.QUICK)
+        study.differences(record, arm, 1, protocol=protocol.QUICK)
 
 
 def test_differences_are_paired_by_seed():
