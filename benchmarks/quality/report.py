@@ -257,17 +257,18 @@ def deep(content: Mapping[str, Any]) -> list[str]:
 
 
 def draw_depth(content: Mapping[str, Any], path: Path) -> None:
-    """Gains, gradient norms and losses on the way, of deep networks at the rate that all were tried with."""
+    """Gains, gradient norms and losses of deep networks on the way, medians and ranges, at the rate that all tried."""
     parts = deep(content)
     figure, axes = plt.subplots(len(parts), 3, figsize=(12, 3.4 * len(parts)), layout="constrained", squeeze=False)
     for part, row in zip(parts, axes, strict=True):
         for arm, color in zip(DEEP, plt.get_cmap("tab10").colors, strict=False):  # type: ignore[attr-defined]
             runs = of(content, part, arm, FULL.deep_rate)
             for axis, name in zip(row, ("largest gain", "gradient norm", "training loss"), strict=True):
-                for run in runs:
-                    values = np.array(run[name], float)
-                    steps = FULL.deep[part].sizes.every * (1 + np.arange(len(values)))
-                    axis.plot(steps, values, color=color, alpha=0.8, label=arm if run is runs[0] else None)
+                if runs:
+                    values = np.array([run[name] for run in runs], float)
+                    steps = FULL.deep[part].sizes.every * (1 + np.arange(values.shape[1]))
+                    axis.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.12, linewidth=0)
+                    axis.plot(steps, np.median(values, 0), color=color, label=arm)
                 axis.set(xlabel="step", ylabel=name, title=part)
         row[0].set_yscale("log")
         row[1].set_yscale("log")
@@ -303,7 +304,7 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-TABLES = {
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "figure": figure_shown,
     "arms": arms_table,
     "pairs": pairs_table,

@@ -43,11 +43,8 @@ class Study:
 
         with ThreadPoolExecutor(2) as pool:
             runs = list(pool.map(one, missing))
-        if missing[0].part.endswith("tuning"):  # of these the loss is used alone
-            runs = [{name: run[name] for name in (*Key._fields, "threads", "loss")} for run in runs]
+        runs = [kept(run) for run in runs]
         for run in runs:
-            if run["seed"] and "patterns" in run:  # pictures are of seed 0
-                del run["patterns"]
             print(f"{run['part']}, {run['arm']}, seed {run['seed']}, rate {run['rate']:g}: {run['loss']}", flush=True)
         self.record.add(runs)
 
@@ -126,6 +123,17 @@ def study(record: Record, protocol: Protocol, parts: Iterable[str], until: float
             PARTS[part](work)
     except OutOfTime:
         print("out of time: the next call goes on from here")
+
+
+def kept(run: dict[str, Any]) -> dict[str, Any]:
+    """What the record has of a run: what the report uses, lest it grow with every branch of every deep network."""
+    part = run["part"]
+    if part.endswith("tuning"):
+        return {name: run[name] for name in (*Key._fields, "threads", "loss")}
+    dropped = set() if part == "arms" and not run["seed"] else {"patterns"}  # pictures are of seed 0
+    if part not in ("arms", "confirm"):
+        dropped |= {"weights", "rank", "similarity"}
+    return {name: value for name, value in run.items() if name not in dropped}
 
 
 def threads() -> int:
