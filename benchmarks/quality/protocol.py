@@ -80,9 +80,8 @@ class Protocol:
         return [arm for arm in arms if not self.arms or arm in self.arms]
 
 
-def _deep(branches: int, steps: int, seeds: int) -> Deep:
-    sizes = Sizes(16, branches // 2, heads=2, batch=4, length=32, steps=steps, warmup=10, every=steps // 10)
-    return Deep(sizes, tuple(range(seeds)))
+def _deep(branches: int, steps: int) -> Sizes:
+    return Sizes(16, branches // 2, heads=2, batch=4, length=32, steps=steps, warmup=10, every=steps // 10)
 
 
 _RATES = (5e-3, 1e-2, 2e-2)
@@ -92,15 +91,15 @@ FULL = Protocol(
     tuning_seeds=(100, 101),
     confirm_seeds=tuple(range(10, 20)),
     deep={
-        "100 branches": _deep(100, steps=100, seeds=3),
-        "200 branches": _deep(200, steps=100, seeds=3),
-        "100 branches, 400 steps": _deep(100, steps=400, seeds=10),
-        "200 branches, 400 steps": _deep(200, steps=400, seeds=5),
+        "100 branches": Deep(_deep(100, steps=100), seeds=tuple(range(3))),
+        "200 branches": Deep(_deep(200, steps=100), seeds=tuple(range(3))),
+        "100 branches, 400 steps": Deep(_deep(100, steps=400), seeds=tuple(range(10))),
+        "200 branches, 400 steps": Deep(_deep(200, steps=400), seeds=tuple(range(5))),
     },
     deep_rate=1.6e-2,
     compared={
         "long": Comparison(Sizes(steps=1200), _RATES, seeds=tuple(range(10))),
-        "deep": Comparison(_deep(100, steps=400, seeds=0).sizes, (4e-3, 8e-3, 1.6e-2), seeds=tuple(range(10))),
+        "deep": Comparison(_deep(100, steps=400), (4e-3, 8e-3, 1.6e-2), seeds=tuple(range(10))),
     },
 )
 
